@@ -44,15 +44,15 @@ class EncoderSpec:
 
 
 class Encoder(nn.Module):
-    """A timm network as level features: image [B, 3, H, W] in [0, 1], sRGB → t_l [B, c_l, ⌈H/s_l⌉, ⌈W/s_l⌉], s_l = 4·2^(l-1).
+    """A timm network as level features: sRGB image [B, 3, H, W] in [0, 1] → t_l [B, c_l, ⌈H/s_l⌉, ⌈W/s_l⌉].
 
     The image is standardised with the network's own mean and std and padded to a multiple of the deepest stride, which
     makes every architecture (also those that floor odd sizes) give the same, aligned sizes. Features come before any
     final normalisation, in NCHW, in the dtype of the parameters (or of the ambient autocast).
 
     batch_norm "frozen" keeps every BatchNorm on its stored statistics in training too, with trainable scale and shift:
-    crops are few per rank and blurrier than ImageNet, so batch statistics would be noisy, differ between ranks, and make
-    a run depend on how it is split over them. "batch" is the usual BatchNorm (each rank its own statistics).
+    crops are few per rank and blurrier than ImageNet, so batch statistics would be noisy, differ between ranks, and
+    make a run depend on how it is split over them. "batch" is the usual BatchNorm (each rank its own statistics).
     """
 
     def __init__(self, spec: EncoderSpec, net: nn.Module, batch_norm: str = "frozen") -> None:
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
 def build_encoder(spec: EncoderSpec, *, batch_norm: str = "frozen", prune: bool = False, read: bool = True) -> Encoder:
     """Build an `Encoder` and load its weights.
 
-    prune: drop the layers behind the last level (classifier, final norm), so that no parameter is left without gradient.
+    prune: drop the layers behind the last level (classifier, final norm), so that every parameter gets a gradient.
     read: False builds the architecture only (no weights are looked for), e.g. to load a state dict afterwards or on the
     meta device.
     Raises ValueError for an unknown name, levels the network lacks, or weights that are absent or do not fit.

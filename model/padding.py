@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 
 def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Pad [B, C, H, W] at the bottom and right until H and W are multiples of `multiple`; crop `[..., :H, :W]` undoes it.
+    """Pad [B, C, H, W] at the bottom and right to multiples of `multiple`; the crop `[..., :H, :W]` undoes it.
 
     An axis is mirrored without repeating its edge (reflect); an axis too short to be mirrored that far repeats its last
     row or column instead, so images down to 1×1 pixel work. The dtype is kept. Padding is at one corner only, so that a

@@ -1,4 +1,4 @@
-"""The frozen teacher: a network of another vision task whose features on the SHARP image the prior learns to predict."""
+"""The frozen teacher: a network of another vision task; the prior learns to predict its features of the SHARP image."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return level features of an sRGB image: [B, 3, H, W] in [0, 1] → t_l [B, c_l, ⌈H/s_l⌉, ⌈W/s_l⌉], no gradient."""
+        """Return level features, without gradient: sRGB [B, 3, H, W] in [0, 1] → t_l [B, c_l, ⌈H/s_l⌉, ⌈W/s_l⌉]."""
         return self.encoder(image)
 
     def logits(self, deepest: torch.Tensor) -> torch.Tensor:
