@@ -1,0 +1,122 @@
+"""Images as the whole of data/ sees them: RGB uint8 [H, W, 3], whatever the file held.
+
+The rule for other forms: grey is copied to three channels; 16 bit becomes 8 by round(v / 257); alpha is composited over
+white (what a viewer shows); EXIF orientation is applied. Floating-point and palette-less exotic forms are refused.
+"""
+
+import io
+import struct
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from data.errors import DataError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+_ORIENTATION_TAG = 274
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+
+def exif_orientation(data: bytes) -> int:
+    """EXIF orientation 1..8 of an encoded image; 1 where none is recorded."""
+    # JPEG keeps EXIF in the first segments, PNG and WebP in a chunk that may come last.
+    head = data[:65536] if data[:2] == b"\xff\xd8" else data
+    if b"Exif" not in head and b"eXIf" not in head:
+        return 1
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            value = int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a broken EXIF block does not make the pixels unreadable
+        return 1
+    return value if 1 <= value <= 8 else 1
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation in (2, 4):
+        image = image[:, ::-1] if orientation == 2 else image[::-1]
+    elif orientation in (3, 6, 8):
+        image = np.rot90(image, {3: 2, 6: -1, 8: 1}[orientation])
+    elif orientation in (5, 7):
+        image = image.swapaxes(0, 1) if orientation == 5 else np.rot90(image, 2).swapaxes(0, 1)
+    return np.ascontiguousarray(image)
+
+
+def to_rgb_u8(image: np.ndarray, where: str = "image") -> np.ndarray:
+    """RGB uint8 [H, W, 3] of an array in OpenCV's order: grey [H, W], BGR or BGRA [H, W, 3|4], uint8 or uint16."""
+    if image.dtype == np.uint16:
+        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise DataError(f"{where}: pixels are {image.dtype}; convert the image to 8 or 16 bits a channel")
+    if image.ndim == 2 or image.shape[2] == 1:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    if image.shape[2] == 3:
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    if image.shape[2] != 4:
+        raise DataError(f"{where}: {image.shape[2]} channels; convert the image to grey, RGB or RGBA")
+    colour, alpha = image[..., 2::-1].astype(np.uint32), image[..., 3:].astype(np.uint32)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _decode_any(data: bytes, where: str) -> np.ndarray:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise DataError(f"{where}: the image does not decode; replace the file or leave it out")
+    return to_rgb_u8(image, where)
+
+
+def decode_image(data: bytes, where: str = "image") -> np.ndarray:
+    """RGB uint8 [H, W, 3] of an encoded image (JPEG by simplejpeg, the rest by OpenCV), EXIF orientation applied.
+
+    Raises DataError, naming `where`, for bytes that do not decode, truncated JPEGs included.
+    """
+    if len(data) == 0:
+        raise DataError(f"{where}: the file is empty; replace it or leave it out")
+    if simplejpeg.is_jpeg(data):
+        try:
+            image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        except ValueError as error:
+            if "colorspace" not in str(error).lower() and "conver" not in str(error).lower():
+                raise DataError(f"{where}: the JPEG does not decode ({error}); replace it or leave it out") from None
+            image = _decode_any(data, where)  # CMYK, which libjpeg-turbo cannot turn into RGB itself
+    else:
+        image = _decode_any(data, where)
+    orientation = exif_orientation(data)
+    return image if orientation == 1 else _upright(image, orientation)
+
+
+def image_size(data: bytes, where: str = "image") -> tuple[int, int]:
+    """(height, width) in px of an encoded image as `decode_image` returns it; reads only the header if it can."""
+    try:
+        if simplejpeg.is_jpeg(data):
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        elif data[:8] == _PNG_MAGIC and len(data) >= 24:
+            width, height = struct.unpack(">II", data[16:24])
+        else:
+            return decode_image(data, where).shape[:2]
+    except ValueError as error:
+        raise DataError(f"{where}: the image's header does not read ({error}); replace it or leave it out") from None
+    return (width, height) if exif_orientation(data) >= 5 else (height, width)
+
+
+def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
+    """JPEG bytes, 4:4:4, of RGB uint8 [H, W, 3]."""
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "444", fastdct=False)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """PNG bytes (lossless) of RGB uint8 [H, W, 3]; equal pixels give equal bytes under one OpenCV version."""
+    done, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 3])
+    assert done, "PNG encoding of a valid RGB array cannot fail"
+    return data.tobytes()
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """PSNR in dB of two uint8 arrays of one shape, peak 255, over all pixels and channels; inf where equal."""
+    difference = a.astype(np.int32) - b.astype(np.int32)
+    mse = float(np.mean(difference * difference, dtype=np.float64))
+    return float("inf") if mse == 0 else float(10 * np.log10(255.0**2 / mse))

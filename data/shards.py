@@ -1,0 +1,371 @@
+"""Shard sets: WebDataset tars beside an `index.json` that says what each byte is.
+
+A set is a folder: `<name>.tar` files that any webdataset reader can read, and the index: for each shard its size,
+sha256, keys, and for each member (jpg, json, sharp.png, ...) offset, size and crc32. Readers `pread` members by offset
+and check the crc32, so a flipped byte never reaches a batch. Writers write `.tmp`, fsync, rename: a killed writer
+leaves no torn shard.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import DataError
+from data.image import IMAGE_SUFFIXES, image_size
+
+FORMAT, VERSION = "sharpprior-shards", 1
+INDEX = "index.json"
+KEY = re.compile(r"[0-9a-z_]+")
+MAX_KEY = 80  # key + longest extension fit the 100 bytes of a plain (ustar) header
+PAIR = ("sharp", "blurry")
+_BLOCK = 512
+_RESTORE = "restore it, or make the set again with `sharpprior prepare`"
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds the old bytes or all the new ones, whenever the writer is killed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_sample(key: str, members: Mapping[str, bytes]) -> None:
+    if not KEY.fullmatch(key) or len(key) > MAX_KEY:
+        raise DataError(
+            f"sample key {key!r}: use 1 to {MAX_KEY} of 0-9, a-z and _ (webdataset merges keys with other signs)"
+        )
+    if not members:
+        raise DataError(f"sample {key}: it has no members; give at least an image")
+
+
+def _sample_size(key: str, members: Mapping[str, bytes]) -> tuple[int, int]:
+    sizes = {
+        ext: image_size(data, f"sample {key}.{ext}")
+        for ext, data in members.items()
+        if ext.split(".")[-1] in IMAGE_SUFFIXES
+    }
+    if not sizes:
+        raise DataError(f"sample {key}: no image among its members {sorted(members)}; add a jpg or png")
+    if len(set(sizes.values())) > 1:
+        raise DataError(f"sample {key}: its images differ in size {sizes}; a pair must match pixel by pixel")
+    return next(iter(sizes.values()))
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> dict:
+    """Write one shard atomically from (key, {extension: bytes}) and return its index record.
+
+    Equal samples give equal bytes. Raises DataError for a bad or repeated key and for a sample without an image.
+    """
+    record: dict = {"name": path.name, "bytes": 0, "sha256": "", "keys": [], "heights": [], "widths": [], "members": {}}
+    digest, offset, seen = hashlib.sha256(), 0, set()
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+
+            def put(data: bytes) -> None:
+                nonlocal offset
+                file.write(data)
+                digest.update(data)
+                offset += len(data)
+
+            for number, (key, members) in enumerate(samples):
+                _check_sample(key, members)
+                if key in seen:
+                    raise DataError(f"{path}: sample key {key!r} comes twice; keys must be unique in a set")
+                seen.add(key)
+                height, width = _sample_size(key, members)
+                for column, value in (("keys", key), ("heights", height), ("widths", width)):
+                    record[column].append(value)
+                for ext, data in members.items():
+                    header = tarfile.TarInfo(f"{key}.{ext}")
+                    header.size, header.mode = (
+                        len(data),
+                        0o644,
+                    )  # mtime, uid, gid stay 0: the same bytes on every machine
+                    put(header.tobuf(tarfile.USTAR_FORMAT))
+                    rows = record["members"].setdefault(ext, [])
+                    rows.extend([None] * (number - len(rows)))
+                    rows.append([offset, len(data), zlib.crc32(data)])
+                    put(data + bytes(-len(data) % _BLOCK))
+            put(bytes(2 * _BLOCK + -(offset + 2 * _BLOCK) % tarfile.RECORDSIZE))
+            file.flush()
+            os.fsync(file.fileno())
+        for rows in record["members"].values():
+            rows.extend([None] * (len(record["keys"]) - len(rows)))
+        record["bytes"], record["sha256"] = offset, digest.hexdigest()
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return record
+
+
+def write_index(root: Path, records: Iterable[dict], info: Mapping | None = None) -> Path:
+    """Write `index.json` of the shard records (in the order given) atomically; `info` is free text about the set."""
+    index = {"format": FORMAT, "version": VERSION, "info": dict(info or {}), "shards": list(records)}
+    keys: set[str] = set()
+    for shard in index["shards"]:
+        for key in shard["keys"]:
+            if key in keys:
+                raise DataError(
+                    f"{root}: sample key {key!r} comes twice (again in {shard['name']}); keys must be unique in a set"
+                )
+            keys.add(key)
+    path = Path(root) / INDEX
+    write_atomically(path, (json.dumps(index, separators=(",", ":"), sort_keys=True) + "\n").encode())
+    return path
+
+
+class ShardWriter:
+    """Write a set sample by sample: a new shard at `shard_bytes`; `close` (or leaving `with`) writes the index.
+
+    Leaving `with` on an exception writes no index: a half-written set is not a set.
+    """
+
+    def __init__(
+        self, root: str | Path, prefix: str = "shard", shard_bytes: int = 512 << 20, info: Mapping | None = None
+    ):
+        self.root, self.prefix, self.shard_bytes, self.info = Path(root), prefix, shard_bytes, dict(info or {})
+        self.records: list[dict] = []
+        self._waiting: list[tuple[str, dict[str, bytes]]] = []
+        self._waiting_bytes = 0
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Add one sample: {"jpg": bytes, "json": bytes} or {"sharp.png": …, "blurry.png": …}."""
+        _check_sample(key, members)
+        self._waiting.append((key, dict(members)))
+        self._waiting_bytes += sum(len(data) + 2 * _BLOCK for data in members.values())
+        if self._waiting_bytes >= self.shard_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            path = self.root / f"{self.prefix}_{len(self.records):05d}.tar"
+            self.records.append(write_shard(path, self._waiting))
+            self._waiting, self._waiting_bytes = [], 0
+
+    def close(self) -> Path:
+        """Write what waits and the index; returns the index's path."""
+        self._flush()
+        if not self.records:
+            raise DataError(f"{self.root}: no sample was written; give the set at least one image")
+        return write_index(self.root, self.records, self.info)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard as the index describes it; `members[ext]` is int64 [n, 3] of (offset, size, crc32), −1 where absent."""
+
+    name: str
+    bytes: int
+    sha256: str
+    keys: tuple[str, ...]
+    heights: np.ndarray
+    widths: np.ndarray
+    members: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def from_record(cls, record: Mapping) -> "Shard":
+        """Build from one record of index.json."""
+        members = {
+            ext: np.array([row or (-1, -1, -1) for row in rows], np.int64).reshape(-1, 3)
+            for ext, rows in record["members"].items()
+        }
+        sizes = (np.array(record[name], np.int32) for name in ("heights", "widths"))
+        shard = cls(record["name"], record["bytes"], record["sha256"], tuple(record["keys"]), *sizes, members)
+        columns = [shard.heights, shard.widths, *members.values()]
+        if any(len(column) != len(shard.keys) for column in columns):
+            raise ValueError(f"columns of {shard.name} differ in length")
+        return shard
+
+
+class ShardSet:
+    """An opened set: its shards, its samples numbered 0..len-1 in index order, and reads of single members.
+
+    `path` is the set's folder, its index.json, or a URL of either that fsspec can open; a remote set needs a `cache`
+    (data.remote.ShardCache). `check=True` compares every local shard's size with the index at once. Raises DataError.
+    """
+
+    def __init__(self, path: str | Path, *, cache=None, check: bool = True) -> None:
+        self.location = str(path)
+        self.remote = "://" in self.location
+        if self.remote and cache is None:
+            raise DataError(f"{path}: a remote set needs a node-local cache; give cache=ShardCache(folder, limit)")
+        self.cache = cache
+        raw = cache.fetch_index(self.location) if self.remote else self._read_local_index(Path(path))
+        self.digest = hashlib.sha256(raw).hexdigest()
+        self.info, self.shards = _parse_index(raw, self.location)
+        self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])]).astype(np.int64)
+        self.kind = "pairs" if any(ext.startswith("blurry.") for s in self.shards for ext in s.members) else "sharp"
+        self._files: dict[int, int] = {}
+        if len(self) == 0:
+            raise DataError(f"{path}: the index lists no samples; make the set again with `sharpprior prepare`")
+        if check and not self.remote:
+            for problem in self.shard_problems().values():
+                raise DataError(problem)
+
+    def _read_local_index(self, path: Path) -> bytes:
+        index = path if path.suffix == ".json" else path / INDEX
+        self.root = index.parent
+        if not path.exists():
+            raise DataError(f"{path}: no such data; give the folder of a shard set (made by `sharpprior prepare`)")
+        if not index.is_file():
+            raise DataError(f"{path}: no {INDEX} here; make it with `sharpprior index {path}`")
+        return index.read_bytes()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __repr__(self) -> str:
+        return f"ShardSet({self.location!r}, {self.kind}, {len(self)} samples in {len(self.shards)} shards)"
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_files": {}}  # file descriptors do not travel to another process
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """(shard number, row in it) of sample `number`."""
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return shard, int(number - self.starts[shard])
+
+    def name(self, number: int) -> str:
+        """`<shard>: sample <key>`, the way errors and reports name a sample."""
+        shard, row = self.locate(number)
+        return f"{self.location}/{self.shards[shard].name}: sample {self.shards[shard].keys[row]}"
+
+    def size(self, number: int) -> tuple[int, int]:
+        """(height, width) in px of sample `number`, from the index."""
+        shard, row = self.locate(number)
+        return int(self.shards[shard].heights[row]), int(self.shards[shard].widths[row])
+
+    def shard_problems(self) -> dict[int, str]:
+        """Local shards that are missing or whose size is not the index's: {shard number: one line}."""
+        problems = {}
+        for number, shard in enumerate(self.shards if not self.remote else ()):
+            path = self.root / shard.name
+            if not path.is_file():
+                problems[number] = (
+                    f"{path}: the shard is missing; restore it, or make the set again with `sharpprior prepare`"
+                )
+            elif (found := path.stat().st_size) != shard.bytes:
+                problems[number] = f"{path}: torn shard, {found} bytes, the index says {shard.bytes}; {_RESTORE}"
+        return problems
+
+    def shard_path(self, shard: int) -> Path:
+        """Local path of a shard, fetched into the cache first where the set is remote."""
+        return (
+            self.cache.fetch(self.location, self.shards[shard]) if self.remote else self.root / self.shards[shard].name
+        )
+
+    def _file(self, shard: int) -> int:
+        if shard not in self._files:
+            if len(self._files) >= 64:  # far below any limit on open files; the oldest goes
+                os.close(self._files.pop(next(iter(self._files))))
+            try:
+                self._files[shard] = os.open(self.shard_path(shard), os.O_RDONLY)
+            except OSError as error:
+                raise DataError(f"{self.root / self.shards[shard].name}: {error.strerror}; restore the shard") from None
+        return self._files[shard]
+
+    def extensions(self, number: int) -> list[str]:
+        """The members sample `number` has, such as ["jpg", "json"]."""
+        shard, row = self.locate(number)
+        return [ext for ext, rows in self.shards[shard].members.items() if rows[row, 0] >= 0]
+
+    def read(self, number: int, ext: str) -> bytes:
+        """Bytes of one member, checked against its size and crc32; DataError names shard and sample."""
+        shard, row = self.locate(number)
+        offset, size, crc = (int(value) for value in self.shards[shard].members[ext][row])
+        data = os.pread(self._file(shard), size, offset)
+        if len(data) != size:
+            raise DataError(f"{self.name(number)}.{ext}: torn shard, {len(data)} of {size} bytes; {_RESTORE}")
+        if zlib.crc32(data) != crc:
+            raise DataError(f"{self.name(number)}.{ext}: damaged (its crc32 is not the index's); {_RESTORE}")
+        return data
+
+    def image_member(self, number: int, role: str | None = None) -> str:
+        """Extension of the image of sample `number`: of a role ("sharp", "blurry") in a pair."""
+        for ext in self.extensions(number):
+            if ext.split(".")[-1] in IMAGE_SUFFIXES and (role is None or ext.startswith(role + ".")):
+                return ext
+        raise DataError(f"{self.name(number)}: no {role or ''} image among its members; make the set again")
+
+    def close(self) -> None:
+        """Close the open shard files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
+def _parse_index(raw: bytes, location: str) -> tuple[dict, list[Shard]]:
+    try:
+        index = json.loads(raw)
+        found = (index.get("format"), index.get("version"))
+        if found != (FORMAT, VERSION):
+            raise DataError(
+                f"{location}: index of format {found}, this version reads {(FORMAT, VERSION)}; make the set again"
+            )
+        return index["info"], [Shard.from_record(record) for record in index["shards"]]
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{location}: {INDEX} does not read ({error}); make it with `sharpprior index {location}`"
+        ) from None
+
+
+def read_tar(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
+    """(key, {extension: (offset, bytes)}) of a tar; as in webdataset, a sample is consecutive members of one key."""
+    key, members = None, {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for entry in tar:
+                if not entry.isfile():
+                    continue
+                stem, _, ext = os.path.basename(entry.name).partition(".")
+                if key is not None and stem != key:
+                    yield key, members
+                    members = {}
+                key = stem
+                members[ext] = (entry.offset_data, tar.extractfile(entry).read())
+    except (tarfile.TarError, EOFError, io.UnsupportedOperation) as error:
+        raise DataError(f"{path}: not a whole tar ({error}); restore the shard") from None
+    if key is not None:
+        yield key, members
