@@ -3,8 +3,8 @@
     apt download lomiri-wallpapers-16.04 && dpkg-deb -x lomiri-wallpapers-16.04_20.04.0-2_all.deb unpacked
     python -m data.samples.make_samples unpacked/usr/share/backgrounds data/samples
 
-Tiles were chosen by measured sharpness and by eye. `scale` s means that the photograph was reduced s times by area averaging
-first, which makes detail that is soft at full size sharp at pixel level. Train and val share no photograph.
+Tiles were chosen by measured sharpness and by eye. `scale` s means that the photograph was reduced s times by area
+averaging first, which makes detail that is soft at full size sharp at pixel level. Train and val share no photograph.
 """
 
 import hashlib
@@ -63,9 +63,11 @@ SHA256 = {  # of the photographs in the package
 
 
 def sharpness(tile: np.ndarray) -> tuple[float, float]:
-    """(texture, sharpness) of RGB uint8 [H, W, 3]: medians over 64 px cells of detail below 3 px (grey levels), and of the
-    share of it that lies below 0.8 px, counted over cells with any texture. Optical or motion blur of 2 px drops the share to
-    about 0.1; sharp edges give 0.2 to 0.3, sharp foliage and grass 0.4 to 0.6."""
+    """(texture, sharpness) of RGB uint8 [H, W, 3], medians over cells of 64 px.
+
+    Texture is the detail below 3 px, in grey levels; sharpness the share of it below 0.8 px, over cells with texture.
+    Sharp edges give 0.2 to 0.3, sharp foliage and grass 0.4 to 0.6; a Gaussian blur of 1 px about halves it.
+    """
     grey = cv2.cvtColor(tile, cv2.COLOR_RGB2GRAY).astype(np.float32)
 
     def detail(sigma: float) -> np.ndarray:
@@ -105,7 +107,8 @@ def tiles(folder: Path, split: str):
             texture, sharp = sharpness(tile)
             facts = {"photograph": title, "file": file, "author": author, "year": year, "licence": licence,
                      "licence_url": LICENCES[licence], "source": PACKAGE, "scale": scale,
-                     "box": [top, left, TILE, TILE], "texture": round(texture, 2), "sharpness": round(sharp, 3)}  # fmt: skip
+                     "box": [top, left, TILE, TILE],
+                     "texture": round(texture, 2), "sharpness": round(sharp, 3)}  # fmt: skip
             yield f"{title}_{number:02d}", tile, facts
 
 
@@ -114,9 +117,10 @@ def attribution() -> str:
     lines = [
         "# Bundled photographs",
         "",
-        f"From {PACKAGE}; its copyright file names authors and licences. Changes: cut into tiles of {TILE} px, some after",
-        "reduction by area averaging (`scale` in each tile's json), re-encoded as JPEG quality 95, 4:4:4. `make_samples.py` here",
-        "does it, byte for byte. The tiles keep the licences of their photographs; the project's own licence does not cover them.",
+        f"From {PACKAGE}; its copyright file names authors and licences.",
+        f"Changes: cut into tiles of {TILE} px, some after reduction by area averaging (`scale` in each tile's json),",
+        "re-encoded as JPEG quality 95, 4:4:4; `make_samples.py` here does it, byte for byte. The tiles keep the",
+        "licences of their photographs; the project's own licence does not cover them.",
         "",
         "| photograph | author | licence | split | tiles |",
         "|---|---|---|---|---|",
