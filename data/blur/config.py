@@ -1,0 +1,217 @@
+"""Typed settings of blur synthesis, with presets; the `blur:` section of a training config."""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from data.blur.presets import PRESETS
+from data.blur.severity import TIER_EDGES, tier_bounds
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if not all(math.isfinite(v) for v in value) or value[0] > value[1]:
+        raise ValueError(f"range {list(value)}: give two finite numbers, the lower one first")
+    return value
+
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class _Shares(_Section):
+    @model_validator(mode="after")
+    def _sum_to_one(self):
+        total = sum(self.model_dump().values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"shares sum to {total:g}: make them sum to 1")
+        return self
+
+
+class TierConfig(_Section):
+    """One severity tier."""
+
+    share: Share
+    """Fraction of all samples."""
+    extent: Range
+    """Extents drawn, px at training resolution, log-uniform; must lie in the tier's fixed bounds."""
+    psnr: Range
+    """Input PSNR, dB, outside of which the blur is drawn again."""
+
+
+class IdentityConfig(_Section):
+    """Pairs without blur: they teach the network to leave a sharp photograph alone."""
+
+    share: Share = 0.04
+    """Fraction of all samples."""
+
+
+class TiersConfig(_Section):
+    """Severity tiers and their shares, which sum to 1."""
+
+    identity: IdentityConfig = IdentityConfig()
+    """No blur: the sharp crop with only noise and JPEG."""
+    mild: TierConfig = TierConfig(share=0.06, extent=(2, 15), psnr=(20, 50))
+    """Extents under 15 px."""
+    moderate: TierConfig = TierConfig(share=0.25, extent=(15, 30), psnr=(15, 38))
+    """Extents of 15–30 px."""
+    severe: TierConfig = TierConfig(share=0.45, extent=(30, 80), psnr=(12, 35))
+    """Extents of 30–80 px."""
+    extreme: TierConfig = TierConfig(share=0.20, extent=(80, 160), psnr=(10, 32))
+    """Extents from 80 px; use crops of 384 px or more."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        total = self.identity.share + sum(getattr(self, tier).share for tier in TIER_EDGES)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the tiers' shares, identity included, sum to {total:g}: make them sum to 1")
+        for tier in TIER_EDGES:
+            low, high = tier_bounds(tier)
+            first, last = getattr(self, tier).extent
+            if first < low or last > high or first <= 0:
+                raise ValueError(
+                    f"{tier}.extent [{first:g}, {last:g}] px leaves the tier's bounds of {low:g}–{high:g} px"
+                    " (above 0): give the blur to the tier it belongs to"
+                )
+        return self
+
+
+class GeneratorsConfig(_Shares):
+    """Shares of the blur generators, which sum to 1; one that is not listed has none."""
+
+    gaussian_process: Share = 0.0
+    """Smooth camera shake: Gaussian process with Matérn 5/2 covariance."""
+    boracchi_foi: Share = 0.0
+    """Jittery hand shake of Boracchi and Foi (2012)."""
+    linear: Share = 0.0
+    """Straight motion of constant speed."""
+    arc: Share = 0.0
+    """Motion along an arc of a circle."""
+    accelerated: Share = 0.0
+    """Straight motion of changing speed."""
+
+
+class CurvesConfig(_Shares):
+    """Shares of the camera responses between linear light and 8-bit codes, which sum to 1; unlisted ones have none."""
+
+    srgb: Share = 0.0
+    """The sRGB curve."""
+    gamma: Share = 0.0
+    """Power law, exponent from `gamma`."""
+    exponential: Share = 0.0
+    """1 − e^(−ax), a from `exponential`."""
+    s_curve: Share = 0.0
+    """sRGB with toe and shoulder, contrast from `s_curve`."""
+
+
+class NoiseConfig(_Section):
+    """Shot and read noise of the sensor: deviation √(shot·x + read²) at linear light x."""
+
+    shot: float = Field(1e-4, ge=0, le=0.1)
+    """β₁, variance per unit of light (RSBlur's camera: 1e-4; RealBlur's: 8.89e-5)."""
+    read: float = Field(9.15e-4, ge=0, le=0.1)
+    """β₂, deviation in the dark (RSBlur's camera: 9.15e-4; RealBlur's: 2.94e-5)."""
+    scale: Range = (0.5, 1.5)
+    """Uniform factor on the deviation."""
+    phone_share: Share = 0.15
+    """Fraction of samples with a small sensor's noise."""
+    phone_scale: Range = (1.5, 5.0)
+    """Log-uniform factor on the deviation for those."""
+
+    @model_validator(mode="after")
+    def _positive(self):
+        if self.scale[0] < 0 or self.phone_scale[0] <= 0:
+            raise ValueError("scale must not be negative, and phone_scale must be above 0")
+        return self
+
+
+class JpegConfig(_Section):
+    """JPEG of the blurry picture; the sharp one is never compressed."""
+
+    probability: Share = 0.6
+    """Fraction of samples."""
+    quality: tuple[Annotated[int, Field(ge=1, le=100)], Annotated[int, Field(ge=1, le=100)]] = (60, 98)
+    """Uniform, both ends included."""
+
+    @model_validator(mode="after")
+    def _positive(self):
+        _ordered(self.quality)
+        return self
+
+
+class PhotometryConfig(_Section):
+    """What the camera does to light, in order: response, highlights, (blur), clip, noise, response, 8 bits, JPEG."""
+
+    curves: CurvesConfig = CurvesConfig(srgb=0.7, gamma=0.1, exponential=0.1, s_curve=0.1)
+    """Camera responses."""
+    gamma: Range = (1.8, 2.6)
+    """Exponents of the power law."""
+    exponential: Range = (1.0, 3.0)
+    """a of 1 − e^(−ax)."""
+    s_curve: Range = (0.1, 0.6)
+    """Contrast of the S-curve."""
+    highlight_boost: Range = (0.0, 4.0)
+    """Light given back to highlights: up to 1 + boost times white. [0, 0] turns it off."""
+    red_gain: Range = (1.4, 2.4)
+    """White-balance gain of red: the sensor's noise grows by it."""
+    blue_gain: Range = (1.3, 2.2)
+    """White-balance gain of blue."""
+    noise: NoiseConfig = NoiseConfig()
+    """Sensor noise."""
+    jpeg: JpegConfig = JpegConfig()
+    """Compression."""
+
+    @model_validator(mode="after")
+    def _sensible(self):
+        limits = {
+            "gamma": (1.0, 4.0),
+            "exponential": (1e-3, 10.0),
+            "s_curve": (0.0, 0.9),
+            "highlight_boost": (0.0, 100.0),
+            "red_gain": (1.0, 8.0),
+            "blue_gain": (1.0, 8.0),
+        }
+        for name, (low, high) in limits.items():
+            first, last = getattr(self, name)
+            if first < low or last > high:
+                raise ValueError(f"{name} [{first:g}, {last:g}]: must lie in {low:g}–{high:g}")
+        return self
+
+
+class BlurConfig(_Section):
+    """How blurry pictures are made from sharp ones. A preset gives every value; keys written out override it."""
+
+    preset: Literal["severe"] = "severe"
+    """The set of defaults to start from."""
+    tiers: TiersConfig = TiersConfig()
+    """Severity tiers."""
+    generators: GeneratorsConfig = GeneratorsConfig(
+        gaussian_process=0.65, boracchi_foi=0.17, linear=0.06, arc=0.06, accelerated=0.06
+    )
+    """Blur generators."""
+    photometry: PhotometryConfig = PhotometryConfig()
+    """Camera."""
+    max_attempts: int = Field(4, ge=1, le=64)
+    """Blurs drawn for a pair until its input PSNR lies in its tier's range; the nearest one is kept if none does."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        preset = PRESETS.get(given.get("preset", "severe"))
+        return given if preset is None else _merged(preset, given)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `over` put on top, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        # Shares are one decision: a list of them replaces the preset's, it does not mix with it.
+        both = isinstance(value, dict) and isinstance(result.get(key), dict) and key not in ("generators", "curves")
+        result[key] = _merged(result[key], value) if both else value
+    return result

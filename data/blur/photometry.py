@@ -1,0 +1,215 @@
+"""What a camera does to light: response curves, highlights, clipping, sensor noise, quantisation, JPEG."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import cv2
+import numpy as np
+
+from data.blur.config import PhotometryConfig
+
+# The display value (code/255) from which the brightest channel of a pixel counts as a highlight.
+HIGHLIGHT_FROM = 0.92
+# Forward curves are tabulated over sqrt(linear light): every curve is gentle there, so that one entry moves the result
+# by less than .03 of a code even in deep shadow.
+_ENTRIES = 16384
+
+
+@dataclass(frozen=True)
+class Photometry:
+    """Photometric parameters of one pair, as drawn; all plain numbers."""
+
+    curve: str = "srgb"
+    curve_parameter: float = 0.0
+    highlight_boost: float = 0.0
+    red_gain: float = 1.0
+    blue_gain: float = 1.0
+    shot: float = 0.0
+    read: float = 0.0
+    jpeg_quality: int | None = None
+
+    @property
+    def gains(self) -> tuple[float, float, float]:
+        """White-balance gains of R, G, B."""
+        return self.red_gain, 1.0, self.blue_gain
+
+
+@dataclass(frozen=True)
+class ResponseCurve:
+    """A camera response and its inverse. to_linear [256] float32: linear light of a code; to_code: see `encode`."""
+
+    to_linear: np.ndarray
+    to_code: np.ndarray
+
+
+def draw_photometry(rng: np.random.Generator, config: PhotometryConfig) -> Photometry:
+    """Photometric parameters of one pair drawn from the config's ranges."""
+    shares = config.curves.model_dump()
+    curve = choose(rng, shares)
+    ranges = {"gamma": config.gamma, "exponential": config.exponential, "s_curve": config.s_curve}
+    parameter = rng.uniform(*ranges.get(curve, (0.0, 0.0)))
+    boost = rng.uniform(*config.highlight_boost)
+    phone = rng.random() < config.noise.phone_share
+    low, high = config.noise.phone_scale if phone else config.noise.scale
+    scale = math.exp(rng.uniform(math.log(low), math.log(high))) if phone else rng.uniform(low, high)
+    red, blue = rng.uniform(*config.red_gain), rng.uniform(*config.blue_gain)
+    with_jpeg = rng.random() < config.jpeg.probability
+    quality = int(rng.integers(config.jpeg.quality[0], config.jpeg.quality[1] + 1))
+    return Photometry(
+        curve=curve,
+        curve_parameter=parameter,
+        highlight_boost=boost,
+        red_gain=red,
+        blue_gain=blue,
+        # The scale is of the noise's deviation: its shot variance grows with the square.
+        shot=config.noise.shot * scale**2,
+        read=config.noise.read * scale,
+        jpeg_quality=quality if with_jpeg else None,
+    )
+
+
+def response(curve: str, parameter: float, linear: np.ndarray) -> np.ndarray:
+    """Camera response in [0, 1] of linear light in [0, 1], float64; increasing, 0 → 0, 1 → 1.
+
+    srgb: IEC 61966-2-1; gamma: x^(1/γ); exponential: (1 − e^(−ax))/(1 − e^(−a)); s_curve: sRGB with a toe and a
+    shoulder, (1 − c)·v + c·v²(3 − 2v) of the sRGB value v.
+    """
+    x = np.asarray(linear, np.float64)
+    if curve == "gamma":
+        return x ** (1.0 / parameter)
+    if curve == "exponential":
+        return np.expm1(-parameter * x) / math.expm1(-parameter)
+    v = np.where(x <= 0.0031308, 12.92 * x, 1.055 * np.maximum(x, 1e-12) ** (1 / 2.4) - 0.055)
+    if curve == "srgb":
+        return v
+    if curve == "s_curve":
+        return (1 - parameter) * v + parameter * v * v * (3 - 2 * v)
+    raise ValueError(f"response curve {curve!r}: must be srgb, gamma, exponential or s_curve")
+
+
+def inverse_response(curve: str, parameter: float, value: np.ndarray) -> np.ndarray:
+    """Linear light in [0, 1] of a response in [0, 1], float64: the inverse of `response`."""
+    v = np.asarray(value, np.float64)
+    if curve == "gamma":
+        return v**parameter
+    if curve == "exponential":
+        return np.log1p(v * math.expm1(-parameter)) / -parameter
+    if curve == "s_curve":
+        # The cubic's root by bisection, on 256 values: exact to double precision, and always increasing.
+        low, high = np.zeros_like(v), np.ones_like(v)
+        for _ in range(52):
+            middle = (low + high) / 2
+            below = (1 - parameter) * middle + parameter * middle * middle * (3 - 2 * middle) < v
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        v = (low + high) / 2
+    elif curve != "srgb":
+        raise ValueError(f"response curve {curve!r}: must be srgb, gamma, exponential or s_curve")
+    return np.where(v <= 12.92 * 0.0031308, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+
+
+@lru_cache(maxsize=8)
+def response_curve(curve: str, parameter: float = 0.0) -> ResponseCurve:
+    """Tables of a response curve; `decode` and `encode` of one curve give back every code exactly."""
+    codes = inverse_response(curve, parameter, np.arange(256) / 255.0)
+    roots = np.arange(_ENTRIES + 1) / _ENTRIES
+    to_code = np.rint(255.0 * response(curve, parameter, roots * roots)).astype(np.uint8)
+    return ResponseCurve(codes.astype(np.float32), to_code)
+
+
+def decode(codes: np.ndarray, curve: ResponseCurve) -> np.ndarray:
+    """Linear light float32 of uint8 codes, same shape."""
+    return cv2.LUT(codes, curve.to_linear).reshape(codes.shape)
+
+
+def encode(linear: np.ndarray, curve: ResponseCurve) -> np.ndarray:
+    """uint8 codes of float32 linear light, same shape; below 0 and above 1 saturate. The one quantisation there is."""
+    root = cv2.sqrt(np.clip(linear, 0.0, 1.0)).reshape(linear.shape)
+    return curve.to_code.take((root * np.float32(_ENTRIES) + np.float32(0.5)).astype(np.uint16))
+
+
+def boost_highlights(linear: np.ndarray, codes: np.ndarray, boost: float) -> np.ndarray:
+    """Give pixels near white back the light that clipping took: L·(1 + boost·m), in place; returns `linear`.
+
+    m rises smoothly from 0 to 1 as the brightest channel's display value goes from .92 to 1.
+    linear [H, W, 3] float32, codes [H, W, 3] uint8 of the same pixels.
+    """
+    if boost <= 0:
+        return linear
+    brightest = cv2.max(cv2.max(codes[..., 0], codes[..., 1]), codes[..., 2])
+    rows, columns = np.nonzero(brightest > int(HIGHLIGHT_FROM * 255))
+    if len(rows):
+        linear[rows, columns] *= (1.0 + boost * highlight_table()[brightest[rows, columns]])[:, None]
+    return linear
+
+
+@lru_cache(maxsize=1)
+def highlight_table() -> np.ndarray:
+    """Highlight weight m of every code of the brightest channel, [256] float32."""
+    t = np.clip((np.arange(256) / 255.0 - HIGHLIGHT_FROM) / (1.0 - HIGHLIGHT_FROM), 0.0, 1.0)
+    return (t * t * (3 - 2 * t)).astype(np.float32)
+
+
+def white_of(codes: np.ndarray, curve: ResponseCurve) -> np.ndarray:
+    """White level [3] float32 of a photograph: its brightest linear light per channel, where the sensor clips.
+
+    Blur cannot make a picture brighter than its brightest point, so a plain grey wall stays exactly as grey.
+    """
+    brightest = cv2.reduce(cv2.reduce(codes, 0, cv2.REDUCE_MAX), 1, cv2.REDUCE_MAX)
+    return curve.to_linear[brightest.reshape(-1)]
+
+
+def clip_light(linear: np.ndarray, white: np.ndarray) -> np.ndarray:
+    """Light [H, W, 3] clipped to [0, white], in place: the sensor saturates once, after the blur."""
+    cv2.max(linear, 0.0, dst=linear)
+    return cv2.min(linear, (*(float(v) for v in white), 0.0), dst=linear)
+
+
+def add_sensor_noise(linear: np.ndarray, photometry: Photometry, rng: np.random.Generator) -> np.ndarray:
+    """Shot and read noise of a sensor behind white balance, float32 linear light [H, W, 3] → the same.
+
+    On the sensor x = L/gain the deviation is √(shot·x + read²); the gain then multiplies light and noise alike.
+    """
+    if photometry.shot <= 0 and photometry.read <= 0:
+        return linear
+    gains = photometry.gains
+    # Per-channel factors go through OpenCV: numpy's inner loop over 3 channels is ten times slower.
+    variance = cv2.multiply(linear, (*(photometry.shot * g for g in gains), 0.0))
+    variance = cv2.add(variance, (*((photometry.read * g) ** 2 for g in gains), 0.0))
+    return cv2.scaleAdd(cv2.multiply(standard_normal(rng, linear.shape), cv2.sqrt(variance)), 1.0, linear)
+
+
+def standard_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal deviates float32: 65536 equally likely quantiles (up to 4.2 deviations), three times faster than exact."""
+    return normal_quantiles().take(rng.integers(0, 65536, shape, dtype=np.uint16))
+
+
+@lru_cache(maxsize=1)
+def normal_quantiles() -> np.ndarray:
+    """The 65536 mid-quantiles of the normal distribution, [65536] float32, variance 1."""
+    inverse = NormalDist().inv_cdf
+    upper = np.array([inverse((i + 0.5) / 65536) for i in range(32768, 65536)])
+    upper /= math.sqrt(np.mean(upper**2))
+    return np.concatenate([-upper[::-1], upper]).astype(np.float32)
+
+
+def jpeg(codes: np.ndarray, quality: int) -> np.ndarray:
+    """A picture [H, W, 3] uint8 RGB after baseline JPEG, 4:2:0, at a quality of 1–100."""
+    written, data = cv2.imencode(".jpg", cv2.cvtColor(codes, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert written
+    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def finish(linear: np.ndarray, white: np.ndarray, photometry: Photometry, rng: np.random.Generator) -> np.ndarray:
+    """Blurred light [H, W, 3] float32 → the blurry photograph uint8: clip, noise, response, 8 bits, JPEG."""
+    linear = add_sensor_noise(clip_light(linear, white), photometry, rng)
+    codes = encode(linear, response_curve(photometry.curve, photometry.curve_parameter))
+    return codes if photometry.jpeg_quality is None else jpeg(codes, photometry.jpeg_quality)
+
+
+def choose(rng: np.random.Generator, shares: dict[str, float]) -> str:
+    """One of the names, with probability proportional to its share."""
+    names = [name for name, share in shares.items() if share > 0]
+    edges = np.cumsum([shares[name] for name in names])
+    return names[int(np.searchsorted(edges, rng.random() * edges[-1], side="right").clip(0, len(names) - 1))]

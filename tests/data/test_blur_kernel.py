@@ -1,0 +1,108 @@
+"""Kernels and paths: rules 1, 3, 5 and 7 of blur synthesis, and extents that are what they say."""
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.blur.kernel import centroid_of, convolve_valid, kernel_of_path
+from data.blur.pair import draw_path
+from data.blur.rng import sample_rng
+from data.blur.trajectory import densify, extent_of, gaussian_process_path, scale_to_extent
+
+PATHS = ["gaussian_process", "boracchi_foi", "linear", "arc", "accelerated"]
+
+
+def make_path(generator: str, seed: int, extent: float) -> np.ndarray:
+    path, _ = draw_path(sample_rng(seed, 0, generator, 0), generator)
+    return scale_to_extent(path, extent)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(PATHS), st.integers(0, 2**20), st.floats(0.5, 200))
+def test_kernel_is_centred_normalised_odd_and_connected(generator, seed, extent):
+    kernel = kernel_of_path(make_path(generator, seed, extent))
+    assert kernel.dtype == np.float32
+    assert kernel.shape[0] == kernel.shape[1]
+    assert kernel.shape[0] % 2 == 1
+    assert np.abs(centroid_of(kernel)).max() < 0.02
+    assert abs(float(kernel.astype(np.float64).sum()) - 1) < 1e-6
+    assert kernel.min() >= 0
+    pieces, _ = cv2.connectedComponents((kernel > 0).astype(np.uint8), connectivity=8)
+    assert pieces == 2  # background and one streak
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(PATHS), st.integers(0, 2**20), st.floats(1, 160))
+def test_extent_is_exact_and_seen_in_the_kernel(generator, seed, extent):
+    path = make_path(generator, seed, extent)
+    assert extent_of(path) == pytest.approx(extent, rel=1e-9)
+    rows, columns = np.nonzero(kernel_of_path(path))
+    seen = max(np.ptp(rows), np.ptp(columns))
+    # A splat covers two px at either end, and the path's ends are half a step short.
+    assert extent - 1.5 <= seen <= extent + 2.5
+
+
+def test_impulse_leaves_the_path_itself_behind():
+    # True convolution: a point of light draws the trajectory, not its mirror image.
+    path = np.array([[0.0, 0.0], [0.0, 20.0], [12.0, 20.0]])
+    kernel = kernel_of_path(path)
+    size, radius = len(kernel), len(kernel) // 2
+    image = np.zeros((2 * size + 1, 2 * size + 1, 3), np.float32)
+    image[size, size] = 1
+    blurred = convolve_valid(image, kernel)
+    centre = size - radius
+    patch = blurred[centre - radius : centre + radius + 1, centre - radius : centre + radius + 1]
+    assert np.abs(patch - kernel[..., None]).max() < 1e-6
+    assert np.abs(kernel - kernel[::-1, ::-1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 9, 11, 33, 65])
+def test_convolution_equals_the_sum_it_stands_for(size):
+    rng = sample_rng(size, 0, "convolution", 0)
+    image = rng.random((size + 12, size + 17, 3), dtype=np.float32)
+    kernel = rng.random((size, size)).astype(np.float32)
+    kernel /= kernel.sum()
+    expected = np.zeros((13, 18, 3))
+    for y in range(size):
+        for x in range(size):
+            expected += kernel[y, x] * image[size - 1 - y : size + 12 - y, size - 1 - x : size + 17 - x].astype(float)
+    result = convolve_valid(image, kernel)
+    assert result.shape == (13, 18, 3)
+    assert result.dtype == np.float32
+    assert np.abs(result - expected).max() < 2e-6
+
+
+def test_convolution_refuses_what_it_cannot_do():
+    image = np.zeros((8, 8, 3), np.float32)
+    with pytest.raises(ValueError, match="odd"):
+        convolve_valid(image, np.ones((4, 4), np.float32))
+    with pytest.raises(ValueError, match="margin"):
+        convolve_valid(image, np.ones((9, 9), np.float32))
+
+
+def test_a_fast_piece_of_a_path_is_as_unbroken_and_less_bright():
+    path = np.array([[0.0, 0.0], [0.0, 2.0], [0.0, 42.0]])  # 20 times faster in the second half
+    points, weights = densify(path)
+    assert np.hypot(*np.diff(points, axis=0).T).max() <= 0.251
+    assert weights.sum() == pytest.approx(1)
+    assert weights[points[:, 1] < 2].sum() == pytest.approx(0.5)
+
+
+def test_gaussian_process_has_the_covariance_it_claims():
+    length, draws = 0.4, 4000
+    paths = np.stack([gaussian_process_path(sample_rng(i, 0, "gp", 0), length, 0.5, 0.0) for i in range(draws)])
+    # With angle 0 the columns are the two processes; lags of 0, 32, … of 256 samples.
+    for column, deviation in ((0, 1.0), (1, 0.5)):
+        values = paths[:, ::32, column] / deviation
+        lag = np.arange(values.shape[1]) / 8
+        d = np.sqrt(5) * lag / length
+        expected = (1 + d + d * d / 3) * np.exp(-d)
+        measured = (values[:, :1] * values).mean(0)
+        assert np.abs(measured - expected).max() < 4 / np.sqrt(draws)
+
+
+def test_a_path_that_stands_still_is_refused():
+    with pytest.raises(ValueError, match="does not move"):
+        scale_to_extent(np.zeros((5, 2)), 10)
