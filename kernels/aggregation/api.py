@@ -1,0 +1,48 @@
+"""The public function of multi-level aggregation: checks, dtype rule, choice of implementation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.aggregation.ops import AggregateLevels
+from kernels.runtime import as_plane, check_maps, choose, require
+
+
+def aggregate_levels(
+    values: Sequence[Tensor], logits: Sequence[Tensor], size: tuple[int, int], *, impl: str = "auto"
+) -> Tensor:
+    """Multi-level aggregation: P(n) = Σ_l softmax_l(ã_l(n)) Ṽ_l(n), tilde: bilinear sample at pixel n of the target.
+
+    values: L levels [B, D, h_l, w_l]; logits: L levels [B, G, h_l, w_l], G divides D, channel c belongs to group
+    c // (D/G); size (H, W) of the target in pixels → P [B, D, H, W]. Levels may be smaller or larger than the target;
+    samples are those of F.interpolate(mode="bilinear", align_corners=False).
+
+    dtype: all levels are cast to the dtype of values[0], which is P's, also under autocast; sampling, softmax and sums
+    run in float32 (float64 where the values are). impl: "auto" takes the Triton kernels on a GPU (float32, float16,
+    bfloat16) and the PyTorch reference elsewhere; "triton" and "reference" never fall back. Differentiable once,
+    bitwise repeatable with the kernels and on CPU. Raises ValueError naming the argument.
+
+    Source: METHOD of this project after Wang et al., arXiv 2302.06898 (their code is not public: the form is ours).
+    """
+    values, logits = list(values), list(logits)
+    require(len(values) > 0, "values: holds no level; give at least one")
+    require(len(values) == len(logits), f"logits: {len(logits)} levels for the {len(values)} levels of values")
+    named = {f"values[{i}]": v for i, v in enumerate(values)} | {f"logits[{i}]": a for i, a in enumerate(logits)}
+    check_maps(named)
+    D, G = values[0].shape[1], logits[0].shape[1]
+    require(D % G == 0, f"logits: {G} groups do not divide the {D} channels of values")
+    for i, (value, logit) in enumerate(zip(values, logits, strict=True)):
+        require(value.shape[1] == D, f"values[{i}]: {value.shape[1]} channels differ from values[0]'s {D}")
+        require(logit.shape[1] == G, f"logits[{i}]: {logit.shape[1]} groups differ from logits[0]'s {G}")
+        require(
+            logit.shape[2:] == value.shape[2:],
+            f"logits[{i}]: size {list(logit.shape[2:])} differs from values[{i}]'s {list(value.shape[2:])}",
+        )
+    require(len(size) == 2 and min(size) > 0, f"size: expected (height, width), both positive, got {size!r}")
+    kernel = choose(impl, values[0]) == "triton"
+    dtype = values[0].dtype
+    # The operators are opaque to autocast: every dtype is settled here, whatever region the caller is in.
+    with torch.autocast(values[0].device.type, enabled=False):
+        levels = [as_plane(level.to(dtype)) for level in (*values, *logits)]
+        return AggregateLevels.apply(size[0], size[1], kernel, *levels)

@@ -1,0 +1,116 @@
+"""What both operations share: argument checks, dtype rule, implementation choice, device guard, index width."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Settled at import (Triton settles it there too), so that a compiled caller sees two constants.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_maps(tensors: dict[str, Tensor]) -> None:
+    """Feature maps [B, channels, H, W]: float tensors of 4 dimensions, none of size 0, one device, one batch size."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        require(isinstance(tensor, Tensor), f"{name}: expected a tensor, got {type(tensor).__name__}")
+        require(tensor.dim() == 4, f"{name}: expected 4 dimensions [B, channels, H, W], got shape {list(tensor.shape)}")
+        require(min(tensor.shape) > 0, f"{name}: shape {list(tensor.shape)} holds no element; drop empty inputs first")
+        check_dtype(name, tensor)
+        check_device(name, tensor, first_name, first)
+        require(
+            tensor.shape[0] == first.shape[0],
+            f"{name}: batch {tensor.shape[0]} differs from {first_name}'s batch {first.shape[0]}",
+        )
+
+
+def check_parameters(parameters: dict[str, tuple[Tensor, tuple[int, ...]]], like: str, device_of: Tensor) -> None:
+    """Parameters: float tensors of the given shapes on the device of the map called `like`."""
+    for name, (tensor, shape) in parameters.items():
+        require(isinstance(tensor, Tensor), f"{name}: expected a tensor, got {type(tensor).__name__}")
+        require(tuple(tensor.shape) == shape, f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+        check_dtype(name, tensor)
+        check_device(name, tensor, like, device_of)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    require(
+        tensor.dtype in DTYPES,
+        f"{name}: dtype {tensor.dtype} is not supported; use float32, float16, bfloat16 or float64",
+    )
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    require(
+        tensor.device == other.device,
+        f"{name}: lies on {tensor.device} but {other_name} on {other.device}; move all inputs to one device",
+    )
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def choose(impl: str, tensor: Tensor, limits: Sequence[str] = ()) -> str:
+    """The implementation that runs: "triton" or "reference".
+
+    limits: reasons why the kernels cannot take this call. "auto" then takes the reference; a named "triton" never falls
+    back: it raises ValueError with the first reason.
+    """
+    require(impl in IMPLEMENTATIONS, f"impl: {impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "reference":
+        return "reference"
+    reasons = list(limits)
+    if not TRITON_INSTALLED:
+        reasons.insert(0, "the triton package is not installed")
+    elif not INTERPRETING:
+        if tensor.device.type != "cuda":
+            reasons.insert(0, f"tensors lie on {tensor.device}, the kernels need a CUDA or ROCm GPU")
+        elif tensor.dtype not in KERNEL_DTYPES:
+            reasons.insert(0, f"dtype {tensor.dtype} has no kernel; use float32, float16 or bfloat16")
+    if impl == "auto":
+        on_gpu = tensor.device.type == "cuda" and not reasons
+        return "triton" if on_gpu else "reference"
+    require(not reasons, f"impl: 'triton' cannot run this call: {reasons[0] if reasons else ''}")
+    return "triton"
+
+
+def as_plane(tensor: Tensor) -> Tensor:
+    """The map itself where its H and W are one dimension of one stride (NCHW, channels_last, slices of batch or
+    channels of either); else a contiguous copy of it, channels_last if its channels lie together."""
+    H, W = tensor.shape[2:]
+    rows = tensor.stride(2) == W * tensor.stride(3) or H == 1 or W == 1
+    if rows and (tensor.stride(3) == 1 or W == 1 or tensor.stride(1) == 1):
+        return tensor
+    return tensor.contiguous(memory_format=memory_format(tensor))
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last where neighbouring channels are neighbours in memory, else contiguous."""
+    last = tensor.shape[1] > 1 and tensor.stride(1) == 1 and not tensor.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def new_map(like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Uninitialised dense map in the dtype and layout (NCHW or channels_last) of `like`; of its shape by default."""
+    shape = like.shape if shape is None else shape
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+
+
+def pixel_strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, channel and flattened pixel of a plane (see as_plane)."""
+    pixel = tensor.stride(3) if tensor.shape[3] > 1 else tensor.stride(2)
+    return tensor.stride(0), tensor.stride(1), pixel
