@@ -328,6 +328,12 @@ class ShardSet:
                 return ext
         raise DataError(f"{self.name(number)}: no {role or ''} image among its members; make the set again")
 
+    def image_id(self, number: int) -> str:
+        """Name of the sample's sharp image by its content: key and crc32, for caches of what was computed from it."""
+        shard, row = self.locate(number)
+        ext = self.image_member(number, "sharp" if self.kind == "pairs" else None)
+        return f"{self.shards[shard].keys[row]}-{int(self.shards[shard].members[ext][row, 2]):08x}"
+
     def close(self) -> None:
         """Close the open shard files."""
         while self._files:

@@ -1,0 +1,273 @@
+"""Run the training stream of one rank in worker processes, and the fixed validation list."""
+
+import contextlib
+import logging
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import torch
+from torch.utils.data import DataLoader
+
+from data.blur import TIERS, BlurConfig, sample_rng
+from data.crops import CropPlan
+from data.errors import DataError
+from data.plan import Plan, Share
+from data.shards import ShardSet
+from data.stream import PAIRED, Sources, make_pair, pair_pipeline
+
+log = logging.getLogger("sharpprior.data")
+
+
+class PairLoader:
+    """The micro-batches of one rank, in order, made by `workers` processes (0: in this one).
+
+    Each batch: blurry, sharp uint8 [B, 3, S, S]; key, image (content id), tier, generator lists; box [B, 3] (top, left,
+    size px), crop (number of the box), flip, epoch, source, position, extent (px), input_psnr (dB) [B];
+    samples_consumed: the state to save once the optimizer has used the batch. With `accumulation` a, a batches make a
+    step. `sets` are shard sets (or paths); `max_bad_fraction` is the part of a set's samples that may be unreadable.
+    `loader.wait_s` and `loader.pairs` count the seconds spent waiting and the pairs delivered.
+
+    Never pass it to `accelerator.prepare`: it is sharded already. Raises DataError for bad data, one line each.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[ShardSet | str | Path] | ShardSet | str | Path,
+        blur: BlurConfig,
+        *,
+        crop: int,
+        global_batch: int,
+        seed: int = 0,
+        start: int = 0,
+        batches: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        weights: Sequence[float] | None = None,
+        window: int = 8,
+        canonical_groups: int = 1,
+        crops_per_decode: int = 1,
+        boxes: int = 16,
+        margin: int = 80,
+        max_bad_fraction: float = 0.0,
+        pin_memory: bool = False,
+        attach: Callable[[dict], None] | None = None,
+    ) -> None:
+        if not 0 <= max_bad_fraction < 1 or workers < 0 or start < 0 or prefetch < 1:
+            raise DataError(
+                f"max_bad_fraction {max_bad_fraction} (0 to below 1), workers {workers} and start {start} (0 or more), "
+                f"prefetch {prefetch} (1 or more): out of range"
+            )
+        chosen = [sets] if isinstance(sets, (ShardSet, str, Path)) else list(sets)
+        self.sets = [s if isinstance(s, ShardSet) else ShardSet(s, check=max_bad_fraction == 0) for s in chosen]
+        for shards in self.sets:
+            check_crop_fits(shards, crop)
+        sizes = [[len(shard) for shard in shards.shards] for shards in self.sets]
+        self.plan = Plan(
+            sizes,
+            seed,
+            weights=weights,
+            window=window,
+            canonical_groups=canonical_groups,
+            crops_per_decode=crops_per_decode,
+        )
+        self.share = Share(global_batch, rank, world, accumulation, canonical_groups)
+        self.start, self.batches, self.workers, self.prefetch = start, batches, workers, prefetch
+        self.pin_memory = pin_memory and torch.cuda.is_available()
+        self.wait_s, self.pairs = 0.0, 0
+        self.bad: dict[str, set[str]] = {}
+        self.max_bad_fraction = max_bad_fraction
+        self._bad_samples: set[tuple[int, int]] = set()
+        self.pipeline = pair_pipeline(
+            Sources(self.sets, max_bad_fraction),
+            blur,
+            self.plan,
+            CropPlan(crop, seed, boxes, margin),
+            self.share,
+            start=start,
+            batches=batches,
+            attach=attach,
+        )
+
+    def __iter__(self) -> Iterator[dict]:
+        """Iterate from `start`; leaving the loop early, by an error or Ctrl-C too, stops the workers."""
+        iterator, stop = self._open()
+        number = 0
+        try:
+            while True:
+                waited = time.perf_counter()
+                try:
+                    batch = next(iterator, None)
+                except RuntimeError as error:
+                    if "worker" in str(error) and "exited" in str(error):
+                        raise RuntimeError(
+                            f"a loader worker died (out of memory?): {error}; lower data.workers"
+                        ) from None
+                    raise
+                self.wait_s += time.perf_counter() - waited
+                if batch is None:
+                    return
+                if "failure" in batch:
+                    raise DataError(batch["failure"])
+                number += 1
+                yield self._finish(batch, number)
+        finally:
+            stop()
+
+    def _open(self) -> tuple[Iterator[dict], Callable[[], None]]:
+        if self.workers == 0:
+            return iter(self.pipeline), lambda: None
+        # A fork server: forking this process, with its OpenMP, CUDA and gloo threads, can hang the child.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["data.loader"])
+        loader = DataLoader(
+            self.pipeline,
+            batch_size=None,
+            collate_fn=as_is,
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch,
+            multiprocessing_context=context,
+            worker_init_fn=init_worker,
+            pin_memory=self.pin_memory,
+        )
+        with main_not_imported_again():
+            iterator = iter(loader)
+        return iterator, iterator._shutdown_workers
+
+    def _finish(self, batch: dict, number: int) -> dict:
+        for source, sample, message in batch.pop("bad"):
+            self._count_bad(source, sample, message)
+        for name in ("box", "crop", "flip", "epoch", "source", "position", "extent", "input_psnr"):
+            batch[name] = torch.from_numpy(batch[name])
+        steps = number // self.share.accumulation
+        batch["samples_consumed"] = self.start + steps * self.share.global_batch
+        self.pairs += len(batch["key"])
+        return batch
+
+    def _count_bad(self, source: int, sample: int, message: str) -> None:
+        if (source, sample) in self._bad_samples:
+            return
+        self._bad_samples.add((source, sample))
+        shards = self.sets[source]
+        shard, row = shards.locate(sample)
+        name = f"{shards.location}/{shards.shards[shard].name}"
+        self.bad.setdefault(name, set()).add(shards.shards[shard].keys[row])
+        log.warning("bad sample replaced: %s", message)
+        # A rank that has seen little is held to its part of the set, later to all that it has drawn.
+        total = len(shards)
+        seen = max(min(self.pairs, total), total / self.share.world)
+        found = sum(1 for where, _ in self._bad_samples if where == source)
+        if found > self.max_bad_fraction * seen:
+            counts = ", ".join(f"{shard}: {len(keys)}" for shard, keys in self.bad.items())
+            raise DataError(
+                f"{found} bad samples exceed max_bad_fraction {self.max_bad_fraction} of {shards.location} ({counts}); "
+                f"the last: {message}"
+            )
+
+
+def check_crop_fits(shards: ShardSet, crop: int) -> None:
+    """DataError naming the first sample that is smaller than the crop, and how many are."""
+    small = [
+        (shard, row, int(min(shard.heights[row], shard.widths[row])))
+        for shard in shards.shards
+        for row in ((shard.heights < crop) | (shard.widths < crop)).nonzero()[0]
+    ]
+    if small:
+        shard, row, _ = small[0]
+        raise DataError(
+            f"{shards.location}/{shard.name}: sample {shard.keys[row]} of {shard.heights[row]}×{shard.widths[row]} px "
+            f"is smaller than the crop of {crop} px ({len(small)} of {len(shards)} are); lower data.crop to "
+            f"{min(side for *_, side in small)} or prepare the set with --min-size {crop}"
+        )
+
+
+def init_worker(worker: int) -> None:
+    """Set up a loader worker: no OpenCV threads; Ctrl-C is the main process's to handle."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def as_is(batch: dict) -> dict:
+    """The batch itself: torch's default would turn every array into shared memory of its own."""
+    return batch
+
+
+@contextlib.contextmanager
+def main_not_imported_again() -> Iterator[None]:
+    """Start children without their importing the main script again, as a fork server's children otherwise do.
+
+    Nothing of the stream lives in the main script, and importing a training script takes seconds a worker.
+    """
+    main = sys.modules["__main__"]
+    kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    try:
+        main.__spec__ = None
+        if "__file__" in kept:
+            del main.__file__
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(main, name, value)
+
+
+def validation_pairs(
+    shards: ShardSet | str | Path,
+    blur: BlurConfig,
+    *,
+    crop: int,
+    tiers: Sequence[str] = TIERS,
+    crops: int = 1,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    margin: int = 80,
+) -> Iterator[dict]:
+    """The fixed validation list: every sample × crop × tier in index order; rank r takes r::world.
+
+    Yields dicts: blurry, sharp uint8 [3, S, S] tensors, kernel float32 [k, k] or None, key, tier, extent (px),
+    input_psnr (dB), generator, box, flip, number (place in the list). A set of recorded pairs has one tier, "paired".
+    Equal arguments give equal pairs on any machine and for any `world`. Raises DataError.
+    """
+    shards = shards if isinstance(shards, ShardSet) else ShardSet(shards)
+    check_crop_fits(shards, crop)
+    plan = CropPlan(crop, seed, boxes=crops, margin=margin)
+    sources = Sources([shards])
+    tiers = (PAIRED,) if shards.kind == "pairs" else tuple(tiers)
+    held: tuple[int, tuple] | None = None
+    for number in range(rank, validation_count(shards, tiers, crops), world):
+        sample, rest = divmod(number, crops * len(tiers))
+        which, tier = divmod(rest, len(tiers))
+        if held is None or held[0] != sample:
+            held = sample, sources.photograph(0, sample)
+        sharp, blurry = held[1]
+        shard, row = shards.locate(sample)
+        key = shards.shards[shard].keys[row]
+        box = plan.at(key, *sharp.shape[:2], which)
+        # One stream a tier: leaving a tier out of the list changes no pair of the others.
+        rng = sample_rng(seed, 0, f"validation:{key}:{tiers[tier]}", which)
+        try:
+            blurry, sharp, kernel, meta = make_pair(sharp, blurry, box, rng, blur, tier=tiers[tier])
+        except ValueError as error:
+            raise DataError(f"{shards.name(sample)}: {error}") from None
+        yield {
+            "blurry": torch.from_numpy(blurry.transpose(2, 0, 1).copy()),
+            "sharp": torch.from_numpy(sharp.transpose(2, 0, 1).copy()),
+            "kernel": kernel,
+            "key": key,
+            "box": box.box,
+            "flip": box.flip,
+            "number": number,
+            **{name: meta[name] for name in ("tier", "extent", "input_psnr", "generator")},
+        }
+
+
+def validation_count(shards: ShardSet, tiers: Sequence[str] = TIERS, crops: int = 1) -> int:
+    """How many pairs `validation_pairs` gives over all ranks."""
+    return len(shards) * crops * (1 if shards.kind == "pairs" else len(tiers))
