@@ -17,14 +17,14 @@ class Teacher(nn.Module):
     """A frozen timm classifier seen as level features; always eval, no parameter ever requires a gradient.
 
     name: `efficientnet_lite0` (its ImageNet weights are an installed package) or any timm network with features at
-    strides 4, 8, …; weights: "pretrained", "random" (tests and studies only) or a file's path, see `EncoderSpec`.
+    strides 4, 8, …; weights: None or "pretrained", "random" (tests and studies only) or a file's path: `EncoderSpec`.
     Attributes: `channels` (c_1, …, c_L), `strides` (4, 8, …), `spec`.
     Raises ValueError where name, levels or weights do not fit.
     """
 
-    def __init__(self, name: str = "efficientnet_lite0", weights: str = "pretrained", levels: int = 4) -> None:
+    def __init__(self, name: str = "efficientnet_lite0", weights: str | None = None, levels: int = 4) -> None:
         super().__init__()
-        self.spec = EncoderSpec(name, weights, levels)
+        self.spec = EncoderSpec(name, weights or "pretrained", levels)
         self.encoder = build_encoder(self.spec)
         self.channels, self.strides = self.encoder.channels, self.encoder.strides
         self._fingerprint: str | None = None

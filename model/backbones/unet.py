@@ -1,0 +1,93 @@
+"""A compact residual UNet for severe blur: plain 3×3 residual blocks, no normalisation, most of its depth far down."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def identity(name: str, feature: torch.Tensor) -> torch.Tensor:
+    """Embed nothing: what a backbone calls at its points when it stands alone."""
+    return feature
+
+
+class ResidualBlock(nn.Module):
+    """x + conv3×3(GELU(conv3×3(x))), [B, C, h, w]; the last convolution starts at half its size."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        with torch.no_grad():
+            self.second.weight.mul_(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(F.gelu(self.first(x)))
+
+
+class UNet(nn.Module):
+    """Blurry [B, 3, H, W] → (restored [B, 3, H, W],), sRGB, nominally in [0, 1]; H, W multiples of `stride_multiple`.
+
+    The image enters by pixel-unshuffle (`patch`), goes down by strided convolutions and up by pixel-shuffle with added
+    skips, and leaves by pixel-shuffle as a correction to the input: a fresh network is the exact identity. Level
+    l = 1..L has stride patch·2^(l-1) and width·2^(l-1) channels; `blocks` counts its residual blocks, on the way down
+    and again on the way up (the deepest level, the bottleneck, has them once).
+
+    Receptive field: `receptive_field` px; 262 px with the defaults, which covers a motion of 130 px to either side.
+    `embed_points` {name: (channels, stride)}: `bottleneck` and every decoder level but the first; `embed(name,
+    feature)` is called there, before the level's blocks.
+    """
+
+    def __init__(self, width: int = 32, blocks: Sequence[int] = (1, 1, 1, 2), patch: int = 2) -> None:
+        super().__init__()
+        if width < 1 or len(blocks) < 2 or min(blocks) < 0 or patch < 1:
+            raise ValueError(
+                f"a UNet needs width ≥ 1, two or more levels of ≥ 0 blocks and patch ≥ 1, "
+                f"got width {width}, blocks {list(blocks)}, patch {patch}"
+            )
+        depth = len(blocks)
+        self.blocks, self.patch = tuple(blocks), patch
+        widths = [width * 2**level for level in range(depth)]
+        self.strides = tuple(patch * 2**level for level in range(depth))
+        self.stride_multiple = self.strides[-1]
+        self.enter = nn.Conv2d(3 * patch**2, width, 3, padding=1)
+        self.encoder = nn.ModuleList(_stack(w, n) for w, n in zip(widths[:-1], blocks, strict=False))
+        self.down = nn.ModuleList(nn.Conv2d(w, 2 * w, 2, stride=2) for w in widths[:-1])
+        self.bottleneck = _stack(widths[-1], blocks[-1])
+        self.up = nn.ModuleList(nn.Conv2d(2 * w, 4 * w, 1) for w in widths[:-1])
+        self.decoder = nn.ModuleList(_stack(w, n) for w, n in zip(widths[:-1], blocks, strict=False))
+        self.leave = nn.Conv2d(width, 3 * patch**2, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+        self.embed_points = {
+            f"decoder{level + 1}": (widths[level], self.strides[level]) for level in range(1, depth - 1)
+        } | {"bottleneck": (widths[-1], self.strides[-1])}
+
+    @property
+    def receptive_field(self) -> int:
+        """Width in px of the square of input that can change one output pixel (an upper bound over its positions)."""
+        twice = [2 * n for n in self.blocks[:-1]] + [self.blocks[-1]]
+        cells = [2 * n * stride for n, stride in zip(twice, self.strides, strict=True)]
+        return 2 * (sum(cells) + 2 * self.patch) + self.strides[-1]
+
+    def forward(
+        self, x: torch.Tensor, embed: Callable[[str, torch.Tensor], torch.Tensor] = identity
+    ) -> tuple[torch.Tensor, ...]:
+        feature = self.enter(F.pixel_unshuffle(x, self.patch))
+        skips = []
+        for blocks, down in zip(self.encoder, self.down, strict=True):
+            feature = blocks(feature)
+            skips.append(feature)
+            feature = down(feature)
+        feature = self.bottleneck(embed("bottleneck", feature))
+        for level in reversed(range(len(skips))):
+            feature = F.pixel_shuffle(self.up[level](feature), 2) + skips[level]
+            if level > 0:
+                feature = embed(f"decoder{level + 1}", feature)
+            feature = self.decoder[level](feature)
+        return (x + F.pixel_shuffle(self.leave(feature), self.patch),)
+
+
+def _stack(channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ResidualBlock(channels) for _ in range(count)))

@@ -1,0 +1,165 @@
+"""The deblurrer: a restoration backbone, the prior network, and one semantic prior embedding per embed point."""
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from model.backbones import BACKBONES
+from model.encoder import EncoderSpec, build_encoder, level_channels
+from model.names import choose, unknown_name
+from model.padding import pad_to_multiple
+from model.prior import PriorNetwork
+from model.spe import SemanticPriorEmbedding
+from model.statistics import FeatureStatistics
+
+
+class Deblurred(NamedTuple):
+    """What a deblurrer gives: restored images, the full-size one last; the prior's levels, or None without a prior."""
+
+    restored: tuple[torch.Tensor, ...]
+    prior: tuple[torch.Tensor, ...] | None
+
+
+class Deblurrer(nn.Module):
+    """Blurry [B, 3, H, W] in [0, 1], sRGB, of any size → `Deblurred`. One module holds everything that is trained.
+
+    The prior's levels r_l are [B, c_l, ⌈H/s_l⌉, ⌈W/s_l⌉], the shapes of the teacher's features of the sharp image; a
+    restored image smaller than H×W (a backbone with several outputs) is cropped in proportion. Restored values are not
+    clamped. The image is padded at the bottom and right to `multiple` and cropped after.
+
+    points: which of the backbone's embed points get an embedding (None: all). Without a prior there are none.
+    A fresh embedding is an exact identity, so a new prior leaves a pretrained backbone as it was.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        prior: PriorNetwork | None = None,
+        *,
+        dim: int = 64,
+        groups: int = 4,
+        heads: int = 4,
+        points: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.prior = backbone, prior
+        self.spe = nn.ModuleDict()
+        known = backbone.embed_points
+        names = list(known) if points is None else [choose("embed point", name, known) for name in points]
+        for name in names if prior is not None else ():
+            channels, stride = known[name]
+            if channels % heads:
+                raise ValueError(
+                    f"{heads} heads do not divide the {channels} channels of embed point {name} (stride {stride}): "
+                    "change spe.heads or the backbone's width"
+                )
+            self.spe[name] = SemanticPriorEmbedding(prior.channels, channels, dim, groups, heads)
+        self.multiple = math.lcm(backbone.stride_multiple, prior.strides[-1] if prior is not None else 1)
+
+    def forward(self, blurry: torch.Tensor, *, prior_only: bool = False) -> Deblurred:
+        """Restore; with `prior_only` run the prior network alone (stage `distill`; `restored` is then empty)."""
+        if blurry.ndim != 4 or blurry.shape[1] != 3:
+            raise ValueError(f"a deblurrer takes an RGB batch [B, 3, H, W] in [0, 1], got {list(blurry.shape)}")
+        if prior_only and self.prior is None:
+            raise ValueError("this model has no prior network: there is nothing to distill")
+        height, width = blurry.shape[-2:]
+        padded = pad_to_multiple(blurry, self.multiple)
+        levels = self.prior(padded) if self.prior is not None else None
+        restored: tuple[torch.Tensor, ...] = ()
+        if not prior_only:
+            restored = self._restore(padded, levels)
+            restored = tuple(
+                r[
+                    ...,
+                    : math.ceil(height * r.shape[-2] / padded.shape[-2]),
+                    : math.ceil(width * r.shape[-1] / padded.shape[-1]),
+                ]
+                for r in restored
+            )
+        if levels is not None:
+            levels = tuple(
+                r[..., : math.ceil(height / s), : math.ceil(width / s)]
+                for r, s in zip(levels, self.prior.strides, strict=True)
+            )
+        return Deblurred(restored, levels)
+
+    def _restore(self, padded: torch.Tensor, levels: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
+        if not self.spe:
+            return self.backbone(padded)
+        scaled = self.prior.standardise(levels)
+
+        def embed(name: str, feature: torch.Tensor) -> torch.Tensor:
+            return self.spe[name](feature, scaled) if name in self.spe else feature
+
+        return self.backbone(padded, embed)
+
+    def calibrate(self, statistics: FeatureStatistics, images: Iterable[torch.Tensor]) -> None:
+        """Fix the prior's feature scales on a fresh model, before training: see `PriorNetwork.calibrate`."""
+        if self.prior is not None:
+            self.prior.calibrate(statistics, images)
+
+
+def build_deblurrer(
+    *,
+    backbone: Mapping[str, Any] | str = "unet",
+    prior: bool = True,
+    levels: int = 4,
+    teacher: str = "efficientnet_lite0",
+    teacher_weights: str | None = None,
+    student: str | None = None,
+    student_weights: str | None = None,
+    student_batch_norm: str = "frozen",
+    fusion_width: int = 64,
+    residual_prior: bool | None = None,
+    spe_dim: int = 64,
+    spe_groups: int = 4,
+    spe_heads: int = 4,
+    spe_points: Sequence[str] | None = None,
+    seed: int = 0,
+    read_weights: bool = True,
+) -> Deblurrer:
+    """Build a deblurrer from plain settings.
+
+    backbone: a name of `BACKBONES`, or {name: …, and its constructor's arguments}. teacher, teacher_weights: only say
+    which features the prior predicts, and what the student starts from when `student` is None. read_weights False reads
+    no weights (to load a state dict afterwards); on the meta device (`with torch.device("meta")`) none are read either.
+    Initial weights depend on `seed` alone; the ambient generator is neither used nor moved.
+    Raises ValueError naming the setting, and the nearest known name where a name is unknown.
+    """
+    settings = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_backbone(**settings)
+        if not prior:
+            return Deblurrer(network)
+        teacher_spec = EncoderSpec(teacher, teacher_weights or "pretrained", levels)
+        student_spec = (
+            teacher_spec if student is None else EncoderSpec(student, student_weights or "pretrained", levels)
+        )
+        encoder = build_encoder(student_spec, batch_norm=student_batch_norm, prune=True, read=read_weights)
+        channels = encoder.channels if student is None else level_channels(teacher_spec)
+        return Deblurrer(
+            network,
+            PriorNetwork(encoder, channels, fusion_width, residual_prior),
+            dim=spe_dim,
+            groups=spe_groups,
+            heads=spe_heads,
+            points=spe_points,
+        )
+
+
+def build_backbone(name: str, **settings: Any) -> nn.Module:
+    """Build a backbone of the table by name; ValueError naming the nearest for an unknown name or setting."""
+    network = BACKBONES[choose("backbone", name, BACKBONES)]
+    known = inspect.signature(network).parameters
+    for key in settings:
+        if key not in known:
+            raise unknown_name(f"setting of backbone {name}:", key, known)
+    try:
+        return network(**settings)
+    except TypeError as error:
+        raise ValueError(f"backbone {name} cannot be built from {settings}: {error}") from error
