@@ -1,4 +1,4 @@
-"""Random inputs of both operations: one source for tests, microbenchmarks and the GPU report, so that they cannot drift."""
+"""Random inputs of both operations: one source for tests, microbenchmarks and the GPU report."""
 
 from collections.abc import Sequence
 

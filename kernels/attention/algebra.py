@@ -1,7 +1,7 @@
 """The small algebra of semantic attention: Gram matrices and weights to modulation matrices, and its exact adjoint.
 
 Shapes: B batch, C image channels, D prior channels, h heads of d = C/h channels, N pixels. Everything here is O(C²·D) a
-sample, free of the number of pixels, and always fp32 (fp64 for fp64 inputs). The derivation is in README.md beside this file.
+sample, free of the number of pixels, and always fp32 (fp64 for fp64 inputs). Derivation: README.md beside this file.
 """
 
 from typing import NamedTuple
