@@ -1,5 +1,7 @@
 """Semantic attention against its composed fp64 form: values, gradients, layouts, limits. Run in both lanes."""
 
+import re
+
 import pytest
 import torch
 from numerics import assert_close_as_eager, fenced_copy, with_gradients
@@ -168,16 +170,15 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_named(message):
     x, p, weights = attention_case((2, 16, 4, 5), 8, 2)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         BAD[message](x, p, weights)
-    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter runs the kernels on CPU tensors")
 def test_named_triton_never_falls_back():
     x, p, weights = attention_case((1, 16, 2, 2), 8, 2)
-    with pytest.raises(ValueError, match="impl: 'triton' cannot run this call: .*"):
+    with pytest.raises(ValueError, match="impl: 'triton' cannot run this call"):
         call_attention(x, p, weights, impl="triton")
 
 

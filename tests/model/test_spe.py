@@ -48,7 +48,7 @@ def test_every_parameter_learns_once_scale_has_left_zero():
 
 
 def test_update_of_a_new_layer_has_the_features_own_size():
-    """With scale at one the update is neither lost nor drowning the feature: the learning rate of scale means something."""
+    """With scale at one the update neither vanishes beside the feature nor drowns it."""
     layer, (x, levels) = embedding(), inputs()
     with torch.no_grad():
         layer.attend.scale.fill_(1.0)
