@@ -16,6 +16,7 @@ from data.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 _ORIENTATION_TAG = 274
+_JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -76,13 +77,12 @@ def decode_image(data: bytes, where: str = "image") -> np.ndarray:
     """
     if len(data) == 0:
         raise DataError(f"{where}: the file is empty; replace it or leave it out")
-    if simplejpeg.is_jpeg(data):
+    if data[:3] == _JPEG_MAGIC:
         try:
-            image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+            # Strict: OpenCV fills what is missing of a truncated JPEG with grey and says nothing.
+            image = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
         except ValueError as error:
-            if "colorspace" not in str(error).lower() and "conver" not in str(error).lower():
-                raise DataError(f"{where}: the JPEG does not decode ({error}); replace it or leave it out") from None
-            image = _decode_any(data, where)  # CMYK, which libjpeg-turbo cannot turn into RGB itself
+            raise DataError(f"{where}: the JPEG does not decode ({error}); replace it or leave it out") from None
     else:
         image = _decode_any(data, where)
     orientation = exif_orientation(data)
@@ -92,12 +92,14 @@ def decode_image(data: bytes, where: str = "image") -> np.ndarray:
 def image_size(data: bytes, where: str = "image") -> tuple[int, int]:
     """(height, width) in px of an encoded image as `decode_image` returns it; reads only the header if it can."""
     try:
-        if simplejpeg.is_jpeg(data):
+        if data[:3] == _JPEG_MAGIC:
             height, width = simplejpeg.decode_jpeg_header(data)[:2]
         elif data[:8] == _PNG_MAGIC and len(data) >= 24:
             width, height = struct.unpack(">II", data[16:24])
         else:
             return decode_image(data, where).shape[:2]
+    except DataError:
+        raise
     except ValueError as error:
         raise DataError(f"{where}: the image's header does not read ({error}); replace it or leave it out") from None
     return (width, height) if exif_orientation(data) >= 5 else (height, width)

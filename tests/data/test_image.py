@@ -1,0 +1,106 @@
+"""Images become RGB uint8 by one rule, or a one-line error that names them."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from data.errors import DataError
+from data.image import decode_image, encode_jpeg, encode_png, image_size, psnr
+
+RAMP = np.arange(24 * 16 * 3, dtype=np.uint32).reshape(24, 16, 3) * 7 % 256
+RGB = RAMP.astype(np.uint8)
+
+
+def png(array: np.ndarray) -> bytes:
+    return cv2.imencode(".png", array)[1].tobytes()
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_png_is_lossless_and_rgb():
+    np.testing.assert_array_equal(decode_image(encode_png(RGB)), RGB)
+
+
+def test_grey_is_copied_to_three_channels():
+    decoded = decode_image(png(RGB[..., 0]))
+    np.testing.assert_array_equal(decoded, np.repeat(RGB[..., :1], 3, 2))
+
+
+def test_grey_jpeg_decodes_to_rgb():
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(RGB[..., :1]), 100, "GRAY", "GRAY")
+    assert decode_image(data).shape == (24, 16, 3)
+
+
+def test_sixteen_bit_becomes_eight_by_rounding_over_257():
+    deep = np.array([[0, 128, 129, 65535 - 128, 65535, 32768]], np.uint16)
+    assert decode_image(png(deep))[0, :, 0].tolist() == [0, 0, 1, 255, 255, 128]
+
+
+def test_alpha_is_composited_over_white():
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0, :, 3] = [0, 128, 255]
+    assert decode_image(png(rgba))[0, :, 1].tolist() == [255, 127, 0]
+
+
+def test_sixteen_bit_alpha_keeps_colour_order():
+    bgra = np.zeros((1, 1, 4), np.uint16)
+    bgra[0, 0] = (0, 0, 65535, 65535)
+    assert decode_image(png(bgra))[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_exif_orientation_is_applied_as_pillow_does(kind, orientation):
+    from PIL import ImageOps
+
+    image = Image.fromarray(RGB)
+    exif = image.getexif()
+    exif[274] = orientation
+    data = saved(image, kind, exif=exif, **({"quality": 100, "subsampling": 0} if kind == "JPEG" else {}))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    decoded = decode_image(data)
+    assert decoded.shape == expected.shape == (*image_size(data), 3)
+    assert np.abs(decoded.astype(int) - expected).max() <= 2
+
+
+def test_cmyk_jpeg_decodes():
+    data = saved(Image.fromarray(np.full((16, 16, 3), (200, 30, 40), np.uint8)).convert("CMYK"), "JPEG", quality=98)
+    assert np.abs(decode_image(data)[8, 8].astype(int) - (200, 30, 40)).max() < 12
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200, -40])
+def test_truncated_jpeg_is_refused_by_name(keep):
+    data = encode_jpeg(np.kron(RGB, np.ones((4, 4, 1), np.uint8)))[:keep]
+    with pytest.raises(DataError, match=r"^tile 7: ") as caught:
+        decode_image(data, "tile 7")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"hello", encode_png(RGB)[:60], b"\x89PNG\r\n\x1a\n"])
+def test_bytes_that_are_no_image_are_refused(data):
+    with pytest.raises(DataError, match="tile 7"):
+        decode_image(data, "tile 7")
+
+
+def test_floating_point_images_are_refused():
+    data = cv2.imencode(".tiff", np.ones((4, 4, 3), np.float32))[1].tobytes()
+    with pytest.raises(DataError, match="float32"):
+        decode_image(data, "tile 7")
+
+
+@pytest.mark.parametrize("data", [encode_jpeg(RGB), encode_png(RGB), cv2.imencode(".webp", RGB)[1].tobytes()])
+def test_size_is_the_decoded_size(data):
+    assert image_size(data) == (24, 16)
+
+
+def test_psnr_of_a_known_error():
+    assert psnr(np.zeros((4, 4), np.uint8), np.full((4, 4), 10, np.uint8)) == pytest.approx(28.1308, abs=1e-4)
+    assert psnr(RGB, RGB) == float("inf")
