@@ -55,13 +55,13 @@ class TiersConfig(_Section):
 
     identity: IdentityConfig = IdentityConfig()
     """No blur: the sharp crop with only noise and JPEG."""
-    mild: TierConfig = TierConfig(share=0.06, extent=(2, 15), psnr=(20, 50))
+    mild: TierConfig = TierConfig(share=0.06, extent=(2, 15), psnr=(18, 45))
     """Extents under 15 px."""
-    moderate: TierConfig = TierConfig(share=0.25, extent=(15, 30), psnr=(15, 38))
+    moderate: TierConfig = TierConfig(share=0.25, extent=(15, 30), psnr=(14, 34))
     """Extents of 15–30 px."""
-    severe: TierConfig = TierConfig(share=0.45, extent=(30, 80), psnr=(12, 35))
+    severe: TierConfig = TierConfig(share=0.45, extent=(30, 80), psnr=(12, 32))
     """Extents of 30–80 px."""
-    extreme: TierConfig = TierConfig(share=0.20, extent=(80, 160), psnr=(10, 32))
+    extreme: TierConfig = TierConfig(share=0.20, extent=(80, 160), psnr=(9, 30))
     """Extents from 80 px; use crops of 384 px or more."""
 
     @model_validator(mode="after")
@@ -93,6 +93,10 @@ class GeneratorsConfig(_Shares):
     """Motion along an arc of a circle."""
     accelerated: Share = 0.0
     """Straight motion of changing speed."""
+    rotation: Share = 0.0
+    """Camera rotation by homographies: the blur varies over the crop."""
+    layers: Share = 0.0
+    """One to three objects that move before a background."""
 
 
 class CurvesConfig(_Shares):
@@ -190,7 +194,7 @@ class BlurConfig(_Section):
     tiers: TiersConfig = TiersConfig()
     """Severity tiers."""
     generators: GeneratorsConfig = GeneratorsConfig(
-        gaussian_process=0.65, boracchi_foi=0.17, linear=0.06, arc=0.06, accelerated=0.06
+        gaussian_process=0.50, boracchi_foi=0.10, linear=0.06, arc=0.06, accelerated=0.06, rotation=0.12, layers=0.10
     )
     """Blur generators."""
     photometry: PhotometryConfig = PhotometryConfig()

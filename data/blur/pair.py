@@ -1,19 +1,20 @@
 """One training pair: a crop of a sharp photograph and the blurry photograph a moving camera would have taken of it."""
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
 import numpy as np
 
-from data.blur import paths, trajectory
 from data.blur import photometry as camera
 from data.blur.config import BlurConfig
-from data.blur.kernel import IDENTITY, convolve_valid, kernel_of_path
-from data.blur.photometry import Photometry, draw_photometry
+from data.blur.generators import Recipe, draw_recipe
+from data.blur.kernel import convolve_valid
+from data.blur.layers import Layers, background_of, layers_blur
+from data.blur.photometry import Photometry
 from data.blur.rng import stream
-from data.blur.severity import PSNR_CAP, TIERS, psnr, tier_bounds
+from data.blur.rotation import Frame, Rotation, rotate_blur
+from data.blur.severity import PSNR_CAP, TIERS, psnr
 
 _RECIPE, _NOISE = 0, 1  # purposes of the random streams under a pair's seed
 
@@ -32,18 +33,6 @@ class BlurPair:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything drawn for one attempt at a pair, before any pixel is touched."""
-
-    tier: str
-    generator: str
-    extent: float
-    kernel: np.ndarray
-    photometry: Photometry
-    details: dict[str, float]
-
-
 def synthesize_pair(
     photo: np.ndarray,
     box: tuple[int, int, int],
@@ -52,17 +41,19 @@ def synthesize_pair(
     *,
     tier: str | None = None,
     flip: bool = False,
+    masks: np.ndarray | None = None,
 ) -> BlurPair:
     """Blur one crop of a sharp photograph; `rng` decides everything, see `data.blur.rng.sample_rng`.
 
     photo [H, W, 3] uint8 RGB; box (top, left, size) px inside it; tier forces a severity tier or "identity"; flip
-    mirrors the crop left to right. The ground truth is the photograph's own crop, to the bit. The margin that the blur
+    mirrors the crop left to right; masks [L, H, W] uint8 are the opacities of objects that the `layers` generator moves
+    instead of procedural ones. The ground truth is the photograph's own crop, to the bit. The margin that the blur
     needs is read from the photograph around the box, reflected only where the photograph ends.
     When the input PSNR falls outside the tier's range the blur is drawn again, at most `config.max_attempts` times; if
     none fits, the nearest is kept and meta["psnr_in_tier"] is false (a crop of plain sky never loses much).
     Raises ValueError for a photo of another kind, a box outside it, or an unknown tier.
     """
-    return pair_from_seed(photo, box, rng.bytes(16).hex(), config, tier=tier, flip=flip)
+    return pair_from_seed(photo, box, rng.bytes(16).hex(), config, tier=tier, flip=flip, masks=masks)
 
 
 def pair_from_seed(
@@ -73,6 +64,7 @@ def pair_from_seed(
     *,
     tier: str | None = None,
     flip: bool = False,
+    masks: np.ndarray | None = None,
 ) -> BlurPair:
     """The pair whose meta["seed"] is `seed` (32 hex digits), made again from the same photo, box and config."""
     top, left, size = check_photo_and_box(photo, box)
@@ -82,12 +74,16 @@ def pair_from_seed(
         raise ValueError(f"tier {tier!r}: must be one of {', '.join(TIERS)}")
     sharp = photo[top : top + size, left : left + size]
     sharp = cv2.flip(sharp, 1) if flip else sharp.copy()
+    height, width = photo.shape[:2]
+    # Everything is drawn as the flipped photo shows it.
+    frame = Frame(height, width, top, width - left - size if flip else left, size)
+    masks = _checked_masks(masks, photo, flip)
     best: tuple[float, float, int, Recipe, np.ndarray, int] | None = None
     attempts = 0
     for attempt in range(1 if tier == "identity" else config.max_attempts):
         attempts += 1
-        recipe = draw_recipe(stream(key, attempt, _RECIPE), tier, config)
-        window, padded = source_window(photo, (top, left, size), len(recipe.kernel) // 2, flip)
+        recipe = draw_recipe(stream(key, attempt, _RECIPE), tier, config, frame, masks)
+        window, padded = source_window(photo, (top, left, size), recipe.margin, flip)
         blurry = render(window, recipe, stream(key, attempt, _NOISE))
         quality = min(psnr(blurry, sharp), PSNR_CAP)
         miss = psnr_miss(quality, tier, config)
@@ -122,48 +118,23 @@ def draw_tier(key: bytes, config: BlurConfig) -> str:
     return camera.choose(stream(key, 0, 2), shares)
 
 
-def draw_recipe(rng: np.random.Generator, tier: str, config: BlurConfig) -> Recipe:
-    """Blur and camera of one attempt, drawn from the config for a tier."""
-    photometry = draw_photometry(rng, config.photometry)
-    if tier == "identity":
-        # No light is moved, so boosting highlights would only brighten them: identity is noise and JPEG alone.
-        return Recipe(tier, "identity", 0.0, IDENTITY, replace(photometry, highlight_boost=0.0), {})
-    low, high = getattr(config.tiers, tier).extent
-    extent = float(np.clip(math.exp(rng.uniform(math.log(low), math.log(high))), low, high))
-    extent = min(extent, math.nextafter(tier_bounds(tier)[1], 0.0))  # half open: its end is the next tier's
-    generator = camera.choose(rng, config.generators.model_dump())
-    path, details = draw_path(rng, generator)
-    kernel = kernel_of_path(trajectory.scale_to_extent(path, extent))
-    return Recipe(tier, generator, extent, kernel, photometry, details)
-
-
-def draw_path(rng: np.random.Generator, generator: str) -> tuple[np.ndarray, dict[str, float]]:
-    """A random path [N, 2] of a generator, of any scale, and the parameters it was drawn with."""
-    angle = rng.uniform(0.0, 2.0 * math.pi)
-    if generator == "gaussian_process":
-        length, anisotropy = rng.uniform(0.15, 0.8), rng.uniform(0.3, 1.0)
-        path = trajectory.gaussian_process_path(rng, length, anisotropy, angle)
-        return path, {"correlation_length": length, "anisotropy": anisotropy, "angle": angle}
-    if generator == "boracchi_foi":
-        anxiety = 10.0 ** rng.uniform(-2.0, 0.0)
-        return paths.boracchi_foi_path(rng, anxiety), {"anxiety": anxiety}
-    if generator == "linear":
-        return paths.linear_path(angle), {"angle": angle}
-    acceleration = rng.uniform(-1.0, 1.0)
-    if generator == "accelerated":
-        return paths.accelerated_path(angle, acceleration), {"angle": angle, "acceleration": acceleration}
-    assert generator == "arc", generator
-    turn = rng.uniform(math.pi / 6, math.pi)
-    return paths.arc_path(angle, turn, acceleration), {"angle": angle, "turn": turn, "acceleration": acceleration}
-
-
 def render(window: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """The blurry crop [S, S, 3] uint8 of a window [S + k − 1, S + k − 1, 3] uint8; `rng` draws the noise."""
-    curve = camera.response_curve(recipe.photometry.curve, recipe.photometry.curve_parameter)
-    light = camera.decode(window, curve)
-    camera.boost_highlights(light, window, recipe.photometry.highlight_boost)
-    light = convolve_valid(light, recipe.kernel)
-    return camera.finish(light, camera.white_of(window, curve), recipe.photometry, rng)
+    """The blurry crop [S, S, 3] uint8 of a window [S + 2m, S + 2m, 3] uint8, m = recipe.margin; `rng` draws noise."""
+    photometry = recipe.photometry
+    curve = camera.response_curve(photometry.curve, photometry.curve_parameter)
+    light = _scene_light(window, photometry, curve)
+    if isinstance(recipe.motion, Rotation):
+        light = rotate_blur(light, recipe.motion)
+    elif isinstance(recipe.motion, Layers):
+        behind = background_of(window, recipe.motion.masks, recipe.motion.elsewhere)
+        light = layers_blur(light, _scene_light(behind, photometry, curve), recipe.motion)
+    else:
+        light = convolve_valid(light, recipe.motion)
+    return camera.finish(light, camera.white_of(window, curve), photometry, rng)
+
+
+def _scene_light(codes: np.ndarray, photometry: Photometry, curve: camera.ResponseCurve) -> np.ndarray:
+    return camera.boost_highlights(camera.decode(codes, curve), codes, photometry.highlight_boost)
 
 
 def source_window(photo: np.ndarray, box: tuple[int, int, int], margin: int, flip: bool) -> tuple[np.ndarray, int]:
@@ -201,6 +172,18 @@ def check_photo_and_box(photo: np.ndarray, box: tuple[int, int, int]) -> tuple[i
             " choose a smaller crop or drop the photo"
         )
     return top, left, size
+
+
+def _checked_masks(masks: np.ndarray | None, photo: np.ndarray, flip: bool) -> np.ndarray | None:
+    if masks is None:
+        return None
+    masks = np.asarray(masks)
+    if masks.dtype != np.uint8 or masks.ndim != 3 or len(masks) < 1 or masks.shape[1:] != photo.shape[:2]:
+        raise ValueError(
+            f"masks are {masks.dtype} {masks.shape}: give uint8 opacities [L, H, W] of the photo's"
+            f" {photo.shape[0]}×{photo.shape[1]} px"
+        )
+    return masks[:, :, ::-1] if flip else masks
 
 
 def _seed_bytes(seed: str) -> bytes:

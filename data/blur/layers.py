@@ -1,0 +1,105 @@
+"""Moving layers: one to three objects that move on their own before a background that moves differently."""
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from data.blur.kernel import convolve_valid
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Objects before a background; each has its own kernel.
+
+    kernels: the background's first, then one an object, nearest last. masks [L, S + 2m, S + 2m] uint8: an object's
+    opacity at rest, m = margin px. elsewhere (rows, columns): where the texture behind the objects is taken from.
+    """
+
+    kernels: tuple[np.ndarray, ...]
+    masks: np.ndarray
+    margin: int
+    elsewhere: tuple[int, int]
+
+
+def blob_mask(rng: np.random.Generator, side: int, crop: int) -> np.ndarray:
+    """Opacity [side, side] uint8 of a random object, soft at its edge, with its middle in the central crop.
+
+    A star-shaped outline of a few harmonics, stretched and turned, of 8–40 % of the crop's area before stretching.
+    """
+    around = np.linspace(0, 2 * math.pi, 96, endpoint=False)
+    radius = np.ones_like(around)
+    for harmonic in range(2, 7):
+        radius += rng.uniform(0, 0.5 / harmonic) * np.cos(harmonic * around + rng.uniform(0, 2 * math.pi))
+    radius *= crop * math.sqrt(rng.uniform(0.08, 0.40) / math.pi)
+    stretch, angle = rng.uniform(0.6, 1.0), rng.uniform(0, 2 * math.pi)
+    x, y = radius * np.cos(around) / stretch, radius * np.sin(around) * stretch
+    first = (side - crop) / 2
+    column, row = first + crop * rng.uniform(0.2, 0.8, 2)
+    outline = np.stack(
+        [column + x * math.cos(angle) - y * math.sin(angle), row + x * math.sin(angle) + y * math.cos(angle)], axis=1
+    )
+    mask = np.zeros((side, side), np.uint8)
+    cv2.fillPoly(mask, [np.rint(outline * 16).astype(np.int32)], 255, cv2.LINE_AA, 4)
+    return cv2.GaussianBlur(mask, (5, 5), 0.8)
+
+
+def background_of(window: np.ndarray, masks: np.ndarray, elsewhere: tuple[int, int]) -> np.ndarray:
+    """The scene behind the objects: window [H, W, 3] uint8 with what the masks [L, H, W] cover painted over.
+
+    What an object hides shows when it moves. Were it the object itself, its blur would carry a sharp ghost; so its
+    tone continues the surroundings and its texture comes from elsewhere in the window.
+    """
+    covered = masks.max(axis=0)
+    # Grown a little, so that an object's own edge does not colour what is spread from the surroundings.
+    seen = 1 - cv2.dilate(covered, np.ones((7, 7), np.uint8))[..., None].astype(np.float32) / 255
+    # Painted only where an object is opaque: objects at rest before this background give the photograph, exactly.
+    opaque = (covered == 255).astype(np.float32)
+    painted = np.clip(2 * cv2.GaussianBlur(opaque, (5, 5), 1.0) - 1, 0, 1)[..., None]
+    light = window.astype(np.float32)
+    tone = _spread(light * seen, seen)
+    moved = np.roll(light, elsewhere, axis=(0, 1))
+    texture = moved - _smooth(moved)
+    return np.clip(light * (1 - painted) + (tone + texture) * painted + 0.5, 0, 255).astype(np.uint8)
+
+
+def layers_blur(light: np.ndarray, background: np.ndarray, motion: Layers) -> np.ndarray:
+    """Blurred scene [S, S, 3] of light and background [S + 2m, S + 2m, 3] float32 linear light.
+
+    Colour is weighted by opacity before it is blurred, so no object takes in a rim of what lies around it.
+    """
+    result = convolve_valid(trimmed(background, motion.margin, motion.kernels[0]), motion.kernels[0])
+    for mask, kernel in zip(motion.masks, motion.kernels[1:], strict=True):
+        opacity = mask.astype(np.float32)[..., None] / np.float32(255)
+        both = convolve_valid(
+            trimmed(np.concatenate([light * opacity, opacity], axis=2), motion.margin, kernel), kernel
+        )
+        result = result * (1 - both[..., 3:]) + both[..., :3]
+    return np.ascontiguousarray(result)
+
+
+def trimmed(image: np.ndarray, margin: int, kernel: np.ndarray) -> np.ndarray:
+    """The image [S + 2·margin, …] without the margin that this kernel does not reach."""
+    spare = margin - len(kernel) // 2
+    return np.ascontiguousarray(image[spare : image.shape[0] - spare, spare : image.shape[1] - spare])
+
+
+def _spread(weighted: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Known colours spread over the unknown: at every pixel from the finest scale at which some are near."""
+    height, width = weighted.shape[:2]
+    if min(height, width) <= 2:
+        return np.broadcast_to(weighted.sum((0, 1)) / max(weight.sum(), 1e-6), weighted.shape)
+    half = ((width + 1) // 2, (height + 1) // 2)
+    smaller = cv2.resize(weighted, half, interpolation=cv2.INTER_AREA)
+    known = cv2.resize(weight, half, interpolation=cv2.INTER_AREA)[..., None]
+    coarse = cv2.resize(_spread(smaller, known), (width, height), interpolation=cv2.INTER_LINEAR)
+    return weighted + coarse * (1 - weight)
+
+
+def _smooth(image: np.ndarray) -> np.ndarray:
+    """A low-pass of about 16 px, at an eighth of the resolution."""
+    height, width = image.shape[:2]
+    small = cv2.resize(image, (max(width // 8, 1), max(height // 8, 1)), interpolation=cv2.INTER_AREA)
+    small = cv2.GaussianBlur(small, (0, 0), 2.0, borderType=cv2.BORDER_REFLECT_101)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
