@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from conftest import picture
+from pictures import picture
 
 from data.blur import TIERS, BlurConfig
 from data.errors import DataError

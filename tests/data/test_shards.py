@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import webdataset as wds
-from conftest import picture
+from pictures import picture
 
 from data.errors import DataError
 from data.image import encode_jpeg, encode_png
