@@ -74,6 +74,16 @@ class _GroupOrder:
         number = int(np.searchsorted(starts, place, side="right")) - 1
         return epoch, int(self._window(epoch, number)[place - starts[number]])
 
+    def ahead(self, index: int) -> np.ndarray:
+        """First samples of the shard segments of the window at draw `index` and of the window after it."""
+        epoch, place = divmod(index, self.length)
+        segments, starts = self._epoch(epoch)
+        number = int(np.searchsorted(starts, place, side="right")) - 1
+        soon = segments[number * self.window : (number + 2) * self.window, 0]
+        if number + 2 >= len(starts):  # the last window of its epoch: the next epoch's first follows
+            soon = np.concatenate([soon, self._epoch(epoch + 1)[0][: self.window, 0]])
+        return soon
+
     def samples(self) -> np.ndarray:
         """Every sample of the group's part, ascending by segment."""
         return np.concatenate([np.arange(first, first + count) for first, count in self.segments])
@@ -174,6 +184,12 @@ class Plan:
         source, index = self._source(group, draw)
         epoch, sample = self._orders[source][group].at(index)
         return Slot(position, source, sample, epoch, crop)
+
+    def ahead(self, position: int) -> list[tuple[int, int]]:
+        """(source, sample) of one sample in each shard that this position's group reads now or next."""
+        draw, group = divmod(position, self.canonical_groups)
+        source, index = self._source(group, draw // self.crops_per_decode)
+        return [(source, int(sample)) for sample in self._orders[source][group].ahead(index)]
 
     def replacements(self, slot: Slot, attempts: int) -> list[int]:
         """Samples to try in turn when the one at `slot` is bad: drawn from the same group by (seed, epoch, sample)."""

@@ -226,19 +226,24 @@ class ShardSet:
     """
 
     def __init__(self, path: str | Path, *, cache=None, check: bool = True) -> None:
-        self.location = str(path)
+        self.location = str(path).removeprefix("file://")
+        path = Path(self.location)
         self.remote = "://" in self.location
         if self.remote and cache is None:
-            raise DataError(f"{path}: a remote set needs a node-local cache; give cache=ShardCache(folder, limit)")
+            raise DataError(
+                f"{self.location}: a remote set needs a node-local cache; give cache=ShardCache(folder, limit)"
+            )
         self.cache = cache
-        raw = cache.fetch_index(self.location) if self.remote else self._read_local_index(Path(path))
+        raw = cache.fetch_index(self.location) if self.remote else self._read_local_index(path)
         self.digest = hashlib.sha256(raw).hexdigest()
         self.info, self.shards = _parse_index(raw, self.location)
         self.starts = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])]).astype(np.int64)
         self.kind = "pairs" if any(ext.startswith("blurry.") for s in self.shards for ext in s.members) else "sharp"
         self._files: dict[int, int] = {}
         if len(self) == 0:
-            raise DataError(f"{path}: the index lists no samples; make the set again with `sharpprior prepare`")
+            raise DataError(
+                f"{self.location}: the index lists no samples; make the set again with `sharpprior prepare`"
+            )
         if check and not self.remote:
             for problem in self.shard_problems().values():
                 raise DataError(problem)
@@ -299,10 +304,16 @@ class ShardSet:
         if shard not in self._files:
             if len(self._files) >= 64:  # far below any limit on open files; the oldest goes
                 os.close(self._files.pop(next(iter(self._files))))
+            if self.remote:
+                # An evicted copy holds its disk space for as long as it stays open.
+                for number in [n for n, file in self._files.items() if os.fstat(file).st_nlink == 0]:
+                    os.close(self._files.pop(number))
+                self._files[shard] = self.cache.open(self.location, self.shards[shard])
+                return self._files[shard]
             try:
                 self._files[shard] = os.open(self.shard_path(shard), os.O_RDONLY)
             except OSError as error:
-                raise DataError(f"{self.root / self.shards[shard].name}: {error.strerror}; restore the shard") from None
+                raise DataError(f"{self.root / self.shards[shard].name}: {error.strerror}; {_RESTORE}") from None
         return self._files[shard]
 
     def extensions(self, number: int) -> list[str]:

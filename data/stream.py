@@ -106,6 +106,7 @@ class MakePairs:
 
     def __call__(self, lists: Iterable[list[Slot]]) -> Iterator[list[dict]]:
         for slots in lists:
+            self._read_ahead(slots)
             bad: list[tuple[int, int, str]] = []
             held: tuple[tuple[int, int], tuple] | None = None
             pairs = []
@@ -115,6 +116,15 @@ class MakePairs:
                 pairs.append(self._pair(slot, *held[1]))
             pairs[0]["bad"] = bad
             yield pairs
+
+    def _read_ahead(self, slots: list[Slot]) -> None:
+        """Have the remote shards of this window and the next fetched while pairs are made."""
+        if any(shards.remote for shards in self.sources.sets):
+            wanted = dict.fromkeys(ask for slot in slots for ask in self.plan.ahead(slot.position))
+            for source, sample in wanted:
+                shards = self.sources.sets[source]
+                if shards.remote:
+                    shards.cache.ahead(shards.location, [shards.shards[shards.locate(sample)[0]]])
 
     def _sound_photograph(self, slot: Slot, bad: list) -> tuple[int, np.ndarray, np.ndarray | None]:
         """(sample, sharp, blurry) at the slot, or of the first sound replacement."""
