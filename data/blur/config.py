@@ -64,6 +64,15 @@ class TiersConfig(_Section):
     extreme: TierConfig = TierConfig(share=0.20, extent=(80, 160), psnr=(9, 30))
     """Extents from 80 px; use crops of 384 px or more."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Let one key of a tier be written without its others."""
+        if not isinstance(given, dict):
+            return given
+        defaults = {name: cls.model_fields[name].default.model_dump() for name in TIER_EDGES}
+        return {k: _merged(defaults[k], v) if k in defaults and isinstance(v, dict) else v for k, v in given.items()}
+
     @model_validator(mode="after")
     def _consistent(self):
         total = self.identity.share + sum(getattr(self, tier).share for tier in TIER_EDGES)
@@ -189,8 +198,10 @@ class PhotometryConfig(_Section):
 class BlurConfig(_Section):
     """How blurry pictures are made from sharp ones. A preset gives every value; keys written out override it."""
 
-    preset: Literal["severe"] = "severe"
+    preset: Literal["severe", "realistic-rsblur", "gopro-like", "mild"] = "severe"
     """The set of defaults to start from."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where pairs are made: "cpu" in the loading workers, "cuda" in batches on the training GPU."""
     tiers: TiersConfig = TiersConfig()
     """Severity tiers."""
     generators: GeneratorsConfig = GeneratorsConfig(
@@ -207,8 +218,9 @@ class BlurConfig(_Section):
     def _start_from_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        preset = PRESETS.get(given.get("preset", "severe"))
-        return given if preset is None else _merged(preset, given)
+        name = given.get("preset", "severe")
+        # An unknown name is left for the field's own check to refuse.
+        return _merged(PRESETS[name], given) if isinstance(name, str) and name in PRESETS else given
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def draw_path(rng: np.random.Generator, generator: str) -> tuple[np.ndarray, dic
         path = trajectory.gaussian_process_path(rng, length, anisotropy, angle)
         return path, {"correlation_length": length, "anisotropy": anisotropy, "angle": angle}
     if generator == "boracchi_foi":
-        anxiety = 10.0 ** rng.uniform(-2.0, 0.0)
+        anxiety = 10.0 ** rng.uniform(-2.5, -1.0)
         return paths.boracchi_foi_path(rng, anxiety), {"anxiety": anxiety}
     if generator == "linear":
         return paths.linear_path(angle), {"angle": angle}

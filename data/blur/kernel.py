@@ -1,5 +1,7 @@
 """Uniform blur kernels: a path splatted to sub-pixel accuracy, and true convolution with it."""
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -52,13 +54,19 @@ def convolve_valid(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
         raise ValueError(f"kernel of shape {kernel.shape}: must be square with an odd side")
     if height < size or width < size:
         raise ValueError(f"image of {height}×{width} px is smaller than its {size}×{size} kernel: add a margin")
+    planes = convolve_planes(cv2.split(image), kernel)
+    return cv2.merge(planes).reshape(*planes[0].shape, -1)
+
+
+def convolve_planes(planes: Sequence[np.ndarray], kernel: np.ndarray) -> list[np.ndarray]:
+    """`convolve_valid` of planes [H, W] float32 one by one: the kernel is transformed once for all of them."""
+    size = len(kernel)
     if size == 1:
-        return image * kernel[0, 0]
-    radius = size // 2
-    if size <= _DIRECT:
-        whole = cv2.filter2D(image, cv2.CV_32F, cv2.flip(kernel, -1), borderType=cv2.BORDER_REPLICATE)
-        return whole[radius : height - radius, radius : width - radius].reshape(height - size + 1, width - size + 1, -1)
-    return _convolve_by_dft(image, kernel)
+        return [plane * kernel[0, 0] for plane in planes]
+    if size > _DIRECT:
+        return _convolve_by_dft(planes, kernel)
+    flipped, valid = cv2.flip(kernel, -1), slice(size // 2, -(size // 2))
+    return [cv2.filter2D(p, cv2.CV_32F, flipped, borderType=cv2.BORDER_REPLICATE)[valid, valid] for p in planes]
 
 
 def fast_dft_size(length: int) -> int:
@@ -66,20 +74,19 @@ def fast_dft_size(length: int) -> int:
     return 16 * cv2.getOptimalDFTSize(-(-length // 16))
 
 
-def _convolve_by_dft(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    size = kernel.shape[0]
-    height, width, channels = image.shape
+def _convolve_by_dft(planes: Sequence[np.ndarray], kernel: np.ndarray) -> list[np.ndarray]:
+    size = len(kernel)
+    height, width = planes[0].shape
     # The wrap of a circular convolution stays inside the first k − 1 rows and columns, which are not valid anyway.
-    rows, columns = fast_dft_size(height), fast_dft_size(width)
-    padded = np.zeros((rows, columns), np.float32)
+    padded = np.zeros((fast_dft_size(height), fast_dft_size(width)), np.float32)
     padded[:size, :size] = kernel
     # OpenCV's `nonzeroRows` would spare work, but takes a path three times slower than the plain transform.
     transfer = cv2.dft(padded)
-    result = np.empty((height - size + 1, width - size + 1, channels), np.float32)
     padded[:] = 0
-    for channel in range(channels):
-        padded[:height, :width] = image[..., channel]
-        spectrum = cv2.mulSpectrums(cv2.dft(padded), transfer, 0)
-        plane = cv2.dft(spectrum, flags=cv2.DFT_INVERSE | cv2.DFT_SCALE | cv2.DFT_REAL_OUTPUT)
-        result[..., channel] = plane[size - 1 : height, size - 1 : width]
+    result = []
+    for plane in planes:
+        padded[:height, :width] = plane
+        product = cv2.mulSpectrums(cv2.dft(padded), transfer, 0)
+        whole = cv2.dft(product, flags=cv2.DFT_INVERSE | cv2.DFT_SCALE | cv2.DFT_REAL_OUTPUT)
+        result.append(whole[size - 1 : height, size - 1 : width])
     return result

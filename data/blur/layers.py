@@ -1,12 +1,15 @@
 """Moving layers: one to three objects that move on their own before a background that moves differently."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from data.blur.kernel import convolve_valid
+from data.blur.kernel import convolve_planes
+
+_TEXTURE = 20.0  # codes by which borrowed texture may vary
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,23 @@ def background_of(window: np.ndarray, masks: np.ndarray, elsewhere: tuple[int, i
     """
     covered = masks.max(axis=0)
     # Grown a little, so that an object's own edge does not colour what is spread from the surroundings.
-    seen = 1 - cv2.dilate(covered, np.ones((7, 7), np.uint8))[..., None].astype(np.float32) / 255
+    seen = 1 - cv2.dilate(covered, np.ones((7, 7), np.uint8)).astype(np.float32) / 255
     # Painted only where an object is opaque: objects at rest before this background give the photograph, exactly.
     opaque = (covered == 255).astype(np.float32)
-    painted = np.clip(2 * cv2.GaussianBlur(opaque, (5, 5), 1.0) - 1, 0, 1)[..., None]
+    painted = np.clip(2 * cv2.GaussianBlur(opaque, (5, 5), 1.0) - 1, 0, 1)
+    # Tone is smooth: found at a quarter of the resolution.
+    height, width = covered.shape
+    quarter = (max(width // 4, 1), max(height // 4, 1))
+    few = cv2.resize(seen, quarter, interpolation=cv2.INTER_AREA)
     light = window.astype(np.float32)
-    tone = _spread(light * seen, seen)
-    moved = np.roll(light, elsewhere, axis=(0, 1))
-    texture = moved - _smooth(moved)
-    return np.clip(light * (1 - painted) + (tone + texture) * painted + 0.5, 0, 255).astype(np.uint8)
+    tone = _spread(cv2.resize(cv2.multiply(light, cv2.merge([seen] * 3)), quarter, interpolation=cv2.INTER_AREA), few)
+    # Only fine grey texture is borrowed: whole edges from elsewhere would appear as objects that nobody moved.
+    moved = np.roll(cv2.cvtColor(window, cv2.COLOR_RGB2GRAY).astype(np.float32), elsewhere, axis=(0, 1))
+    coarse = cv2.resize(_smooth(moved, quarter), (width, height), interpolation=cv2.INTER_LINEAR)
+    texture = np.clip(moved - coarse, -_TEXTURE, _TEXTURE)
+    paint = cv2.resize(tone, (width, height), interpolation=cv2.INTER_LINEAR) + cv2.merge([texture] * 3)
+    mixed = light + (paint - light) * cv2.merge([painted] * 3)
+    return np.clip(mixed + 0.5, 0, 255).astype(np.uint8)
 
 
 def layers_blur(light: np.ndarray, background: np.ndarray, motion: Layers) -> np.ndarray:
@@ -69,37 +80,40 @@ def layers_blur(light: np.ndarray, background: np.ndarray, motion: Layers) -> np
 
     Colour is weighted by opacity before it is blurred, so no object takes in a rim of what lies around it.
     """
-    result = convolve_valid(trimmed(background, motion.margin, motion.kernels[0]), motion.kernels[0])
+    planes = cv2.split(light)
+    scene = convolve_planes(_trimmed(cv2.split(background), motion.margin, motion.kernels[0]), motion.kernels[0])
     for mask, kernel in zip(motion.masks, motion.kernels[1:], strict=True):
-        opacity = mask.astype(np.float32)[..., None] / np.float32(255)
-        both = convolve_valid(
-            trimmed(np.concatenate([light * opacity, opacity], axis=2), motion.margin, kernel), kernel
-        )
-        result = result * (1 - both[..., 3:]) + both[..., :3]
-    return np.ascontiguousarray(result)
+        opacity = mask.astype(np.float32) / np.float32(255)
+        weighted = [plane * opacity for plane in planes]
+        *colour, cover = convolve_planes(_trimmed([*weighted, opacity], motion.margin, kernel), kernel)
+        clear = 1 - cover
+        scene = [behind * clear + before for behind, before in zip(scene, colour, strict=True)]
+    return cv2.merge(scene)
 
 
-def trimmed(image: np.ndarray, margin: int, kernel: np.ndarray) -> np.ndarray:
-    """The image [S + 2·margin, …] without the margin that this kernel does not reach."""
+def _trimmed(planes: Sequence[np.ndarray], margin: int, kernel: np.ndarray) -> list[np.ndarray]:
+    """Planes [S + 2·margin, …] without the part of the margin that this kernel does not reach."""
     spare = margin - len(kernel) // 2
-    return np.ascontiguousarray(image[spare : image.shape[0] - spare, spare : image.shape[1] - spare])
+    return [plane[spare : plane.shape[0] - spare, spare : plane.shape[1] - spare] for plane in planes]
 
 
 def _spread(weighted: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Known colours spread over the unknown: at every pixel from the finest scale at which some are near."""
-    height, width = weighted.shape[:2]
+    """Known colours spread over the unknown: at every pixel from the finest scale at which some are near.
+
+    weighted [H, W, 3]: colour times weight; weight [H, W] in [0, 1] → [H, W, 3].
+    """
+    height, width = weight.shape
     if min(height, width) <= 2:
-        return np.broadcast_to(weighted.sum((0, 1)) / max(weight.sum(), 1e-6), weighted.shape)
+        return np.zeros_like(weighted) + weighted.sum((0, 1)) / max(float(weight.sum()), 1e-6)
     half = ((width + 1) // 2, (height + 1) // 2)
-    smaller = cv2.resize(weighted, half, interpolation=cv2.INTER_AREA)
-    known = cv2.resize(weight, half, interpolation=cv2.INTER_AREA)[..., None]
-    coarse = cv2.resize(_spread(smaller, known), (width, height), interpolation=cv2.INTER_LINEAR)
-    return weighted + coarse * (1 - weight)
+    coarse = _spread(
+        cv2.resize(weighted, half, interpolation=cv2.INTER_AREA), cv2.resize(weight, half, interpolation=cv2.INTER_AREA)
+    )
+    coarse = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+    return weighted + coarse * (1 - weight[..., None])
 
 
-def _smooth(image: np.ndarray) -> np.ndarray:
-    """A low-pass of about 16 px, at an eighth of the resolution."""
-    height, width = image.shape[:2]
-    small = cv2.resize(image, (max(width // 8, 1), max(height // 8, 1)), interpolation=cv2.INTER_AREA)
-    small = cv2.GaussianBlur(small, (0, 0), 2.0, borderType=cv2.BORDER_REFLECT_101)
-    return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+def _smooth(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A low-pass of about 16 px of the image, given at a quarter of its resolution."""
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return cv2.GaussianBlur(small, (0, 0), 4.0, borderType=cv2.BORDER_REFLECT_101)

@@ -138,10 +138,10 @@ def boost_highlights(linear: np.ndarray, codes: np.ndarray, boost: float) -> np.
     if boost <= 0:
         return linear
     brightest = cv2.max(cv2.max(codes[..., 0], codes[..., 1]), codes[..., 2])
-    rows, columns = np.nonzero(brightest > int(HIGHLIGHT_FROM * 255))
-    if len(rows):
-        linear[rows, columns] *= (1.0 + boost * highlight_table()[brightest[rows, columns]])[:, None]
-    return linear
+    if brightest.max() <= int(HIGHLIGHT_FROM * 255):
+        return linear
+    gain = cv2.LUT(brightest, 1 + np.float32(boost) * highlight_table())
+    return cv2.multiply(linear, cv2.merge([gain, gain, gain]), dst=linear)
 
 
 @lru_cache(maxsize=1)
@@ -182,7 +182,9 @@ def add_sensor_noise(linear: np.ndarray, photometry: Photometry, rng: np.random.
 
 def standard_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Normal deviates float32: 65536 equally likely quantiles (up to 4.2 deviations), three times faster than exact."""
-    return normal_quantiles().take(rng.integers(0, 65536, shape, dtype=np.uint16))
+    count = math.prod(shape)
+    indices = rng.bit_generator.random_raw(-(-count // 4)).view(np.uint16)[:count]
+    return normal_quantiles().take(indices).reshape(shape)
 
 
 @lru_cache(maxsize=1)

@@ -9,8 +9,9 @@ import numpy as np
 from data.blur.kernel import kernel_of_path
 from data.blur.trajectory import gaussian_process_path
 
-# Poses are this many px apart at the fastest point: bilinear samples one px apart leave no gaps in a streak.
-_STEP = 1.0
+# Poses are this many px apart at the crop's fastest point, so less elsewhere: a bilinear sample is two px wide, hence
+# a streak has no gaps.
+_STEP = 1.5
 _POSES = (12, 192)
 
 
