@@ -1,0 +1,225 @@
+"""Checkpoints: written beside their final name, renamed when whole, verified before use, pruned to the newest and best.
+
+checkpoints/step-00000500/   engine/            DeepSpeed's state of every rank
+                             ema-rank0.pt, …    averaged weights (one file a rank under ZeRO-3, else rank 0's)
+                             rng-rank0.pt, …    torch's random state
+                             loss.pt            statistics that normalise the teacher's features
+                             model.safetensors  averaged weights, fp32, with config.yaml: loads without DeepSpeed
+                             run.json           step, samples consumed, world, ZeRO stage, digests
+                             manifest.json      size and BLAKE2b of every file above
+checkpoints/latest, best     the name of a folder
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.pretrained import save_pretrained
+from train.config import Config
+from train.ema import Ema
+from train.engine import Engine, zero3_gathered
+
+STEP = re.compile(r"^step-(\d+)$")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, or written; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands; all that is needed to go on exactly."""
+
+    step: int
+    samples_consumed: int
+    world: int
+    zero: int
+    seed: int
+    config_digest: str
+    index_digest: str
+    git_commit: str | None
+    gain: float | None = None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps with a finished folder, ascending; unfinished ones (`.tmp`) do not count."""
+        if not self.folder.is_dir():
+            return []
+        found = (STEP.match(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        """Folder of a step's checkpoint."""
+        return self.folder / f"step-{step:08d}"
+
+    def newest_whole(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint whose every byte is there, and a line about each newer one that is damaged."""
+        damaged = []
+        for step in reversed(self.steps()):
+            problem = damage(self.path(step))
+            if problem is None:
+                return self.path(step), damaged
+            damaged.append(problem)
+        return None, damaged
+
+    def best(self) -> Path | None:
+        """The checkpoint with the largest gain on the severe tiers, if one was evaluated and is still there."""
+        pointer = self.folder / "best"
+        path = self.folder / pointer.read_text().strip() if pointer.is_file() else None
+        return path if path is not None and path.is_dir() else None
+
+    def save(self, engine: Engine, ema: Ema, state: RunState, config: Config, loss_state: dict) -> Path:
+        """Write a checkpoint; every rank calls this. The folder gets its name when all of it is on the disk."""
+        final = self.path(state.step)
+        unfinished = final.with_name(final.name + ".tmp")
+        with engine.agreed():
+            if engine.main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+        with engine.agreed():
+            engine.engine.save_checkpoint(str(unfinished / "engine"), tag="state", save_latest=False)
+            if engine.main or state.zero == 3:
+                torch.save(ema.state_dict(), unfinished / f"ema-rank{engine.rank}.pt")
+            torch.save(_random_state(), unfinished / f"rng-rank{engine.rank}.pt")
+        weights = averaged_weights(engine, ema)
+        with engine.agreed():
+            if engine.main:
+                save_pretrained(unfinished, weights, config.model_dump(mode="json"))
+                torch.save(loss_state, unfinished / "loss.pt")
+                write_text(unfinished / "run.json", json.dumps(asdict(state), indent=1) + "\n")
+                _seal(unfinished)
+                if final.exists():  # the same step again, after a resume from an older one
+                    shutil.rmtree(final)
+                os.rename(unfinished, final)
+                _sync(self.folder)
+                write_text(self.folder / "latest", final.name + "\n")
+                self._prune(state)
+        return final
+
+    def restore(self, path: Path, engine: Engine, ema: Ema) -> dict:
+        """Load a verified checkpoint into a wrapped engine and its average; returns the loss's state."""
+        engine.engine.load_checkpoint(str(path / "engine"), tag="state")
+        mine = path / f"ema-rank{engine.rank if engine.config.engine.zero == 3 else 0}.pt"
+        ema.load_state_dict(torch.load(mine, map_location=engine.device, weights_only=True))
+        _restore_random_state(torch.load(path / f"rng-rank{engine.rank}.pt", weights_only=True))
+        return torch.load(path / "loss.pt", map_location=engine.device, weights_only=True)
+
+    def _prune(self, state: RunState) -> None:
+        best = self.best()
+        if state.gain is not None and (best is None or state.gain > (read_state(best).gain or float("-inf"))):
+            best = self.path(state.step)
+            write_text(self.folder / "best", best.name + "\n")
+        for step in self.steps()[: -self.keep]:
+            if self.path(step) != best:
+                shutil.rmtree(self.path(step))
+
+
+def averaged_weights(engine: Engine, ema: Ema) -> dict[str, torch.Tensor]:
+    """The whole averaged state dict in fp32 on the CPU, on rank 0 (empty elsewhere); every rank calls this."""
+    weights: dict[str, torch.Tensor] = {}
+    with ema.in_place_of_weights():
+        for prefix, module in engine.module.named_modules():
+            own = list(module.parameters(recurse=False))
+            with zero3_gathered(own):
+                if engine.main:
+                    weights.update(_own_state(module, prefix))
+    return weights
+
+
+def _own_state(module: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers that belong to this very module, by their full names."""
+    state: dict[str, torch.Tensor] = {}
+    module._save_to_state_dict(state, f"{prefix}." if prefix else "", keep_vars=False)
+    return {
+        name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in state.items()
+    }
+
+
+def read_state(path: Path) -> RunState:
+    """The state in a checkpoint's run.json. CheckpointError if there is none."""
+    try:
+        return RunState(**json.loads((path / "run.json").read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of this program ({error})") from None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None: every file is there with its size and hash."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, entry in manifest.items():
+            file = path / name
+            if file.stat().st_size != entry["bytes"]:
+                return f"{file}: {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if _digest(file) != entry["blake2b"]:
+                return f"{file}: its content changed after it was written"
+    except FileNotFoundError as error:
+        return f"{path}: {Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{path}: manifest.json cannot be read ({error})"
+    return None
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest over all files, and push them to the disk."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    manifest = {}
+    for file in files:
+        _sync(file)
+        manifest[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "blake2b": _digest(file)}
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    for directory in {file.parent for file in files} | {folder}:
+        _sync(directory)
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _random_state() -> dict:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -1,0 +1,218 @@
+"""The typed configuration: what a YAML file may say, with units, ranges and defaults. `train/config_file.py` reads it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data.blur import BlurConfig
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's folder is `root/name`."""
+    root: str = "runs"
+    """Folder of all runs."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of weights, order, crops and blur."""
+
+
+class DataSection(Section):
+    train: str | None = None
+    """Folder of training shards (with index.json). None: `$SHARPPRIOR_DATA`, else the bundled photographs."""
+    val: str | None = None
+    """Folder of validation shards. None: `$SHARPPRIOR_DATA/val` where that exists, else the bundled val photographs."""
+    crop: int = Field(default=256, ge=32)
+    """Side of a training crop, px."""
+    boxes_per_photo: int = Field(default=16, ge=1)
+    """Size of the finite plan of crop boxes (with flips) of a photograph; a cached teacher feature belongs to a box."""
+    crops_per_decode: int = Field(default=1, ge=1)
+    """Crops taken each time a photograph is decoded."""
+    margin: int = Field(default=80, ge=0)
+    """Distance of crop boxes from the photograph's edge where its size allows, px: blur reads light from beyond."""
+    max_bad_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Part of a set's samples that may be unreadable; they are replaced and reported. 0: the first one is an error."""
+    window: int = Field(default=8, ge=1)
+    """Shards whose samples are mixed with each other."""
+    workers: int = Field(default=2, ge=0)
+    """Loader processes per rank; 0 makes pairs in the training process."""
+
+
+class TeacherSection(Section):
+    name: str = "efficientnet_lite0"
+    """`efficientnet_lite0` (weights from the installed package) or any timm model with features."""
+    weights: str = "pretrained"
+    """`pretrained` (timm's source, or the installed package), the path of a .safetensors or .pth file, or `random`
+    (only for studies and tests)."""
+
+
+class StudentSection(Section):
+    name: str | None = None
+    """timm encoder; None: the teacher's architecture, starting from its weights."""
+    weights: str = "pretrained"
+    """As for the teacher; of no use where the student starts from the teacher's weights."""
+    batch_norm: Literal["frozen", "batch"] = "frozen"
+    """frozen: BatchNorm stays on its stored statistics, so that a run does not depend on how it is split over ranks."""
+    width: int = Field(default=64, ge=8)
+    """Middle width of the cross-level fusion."""
+    residual: bool | None = None
+    """Predict corrections to the student's own features; None: where its channels are the teacher's."""
+
+
+class SpeSection(Section):
+    dim: int = Field(default=64, ge=4)
+    """Channels D of the aggregated prior."""
+    groups: int = Field(default=4, ge=1)
+    """Groups G that choose among the levels on their own; divides `dim`."""
+    heads: int = Field(default=4, ge=1)
+    """Heads of the semantic attention; divides the channels of every embed point."""
+    points: list[str] | None = None
+    """Names of the backbone's embed points to use; None: all that it declares."""
+
+
+class ModelSection(Section):
+    backbone: dict = Field(default_factory=lambda: {"name": "unet"})
+    """`name` from the table of backbones; every other key goes to its constructor."""
+    prior: bool = True
+    """False trains the plain backbone: no teacher, no student, no SPE."""
+    levels: int = Field(default=4, ge=1, le=5)
+    """Levels L of the prior; level l has stride 4·2^(l-1)."""
+    teacher: TeacherSection = TeacherSection()
+    student: StudentSection = StudentSection()
+    spe: SpeSection = SpeSection()
+
+    @model_validator(mode="after")
+    def _named(self) -> ModelSection:
+        if not isinstance(self.backbone.get("name"), str):
+            raise ValueError("backbone needs a name, such as {name: unet}")
+        if self.spe.dim % self.spe.groups:
+            raise ValueError(f"spe.groups {self.spe.groups} does not divide spe.dim {self.spe.dim}")
+        return self
+
+
+class LossSection(Section):
+    pixel: Literal["charbonnier", "l1"] = "charbonnier"
+    """Restoration loss on pixels in [0, 1]."""
+    frequency: float = Field(default=1.0, ge=0)
+    """Weight of the L1 distance of orthonormal Fourier transforms."""
+    cfl: float = Field(default=0.1, ge=0)
+    """Weight λ of cross-level feature learning beside the restoration loss; in distill steps its weight is 1."""
+    structure: float = Field(default=1.0, ge=0)
+    """Weight of CFL's hierarchical structure term."""
+    context: float = Field(default=1.0, ge=0)
+    """Weight of CFL's global context term."""
+    logits: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence of class logits through the teacher's frozen head."""
+
+
+class OptimSection(Section):
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    prior_lr_scale: float = Field(default=1.0, ge=0)
+    """Learning rate of the student and its fusion, relative to `lr`."""
+    betas: tuple[float, float] = (0.9, 0.9)
+    """AdamW's decay rates."""
+    weight_decay: float = Field(default=1e-3, ge=0)
+    """Decoupled decay of matrices and kernels; biases, norms and scales have none."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+    warmup: int = Field(default=100, ge=0)
+    """Steps of linear warm-up."""
+    final_lr: float = Field(default=0.01, ge=0, le=1)
+    """The cosine ends at `final_lr`·`lr`."""
+
+
+class TrainSection(Section):
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the whole run."""
+    distill_steps: int = Field(default=0, ge=0)
+    """The first of them train the student alone (stage `distill`); the others train all (stage `deblur`)."""
+    batch: int = Field(default=8, ge=1)
+    """Global batch: pairs per optimizer step over all ranks and accumulation steps."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer step and rank."""
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the fp32 average of the weights, which evaluation and restoration use; 0 keeps the weights themselves."""
+    log_every: int = Field(default=1, ge=1)
+    """Steps between records in metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainSection:
+        if self.distill_steps > self.steps:
+            raise ValueError(f"distill_steps {self.distill_steps} exceeds steps {self.steps}")
+        if self.batch % self.accumulation:
+            raise ValueError(f"accumulation {self.accumulation} does not divide batch {self.batch}")
+        return self
+
+
+class EngineSection(Section):
+    zero: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: DeepSpeed's torch_autocast over fp32 parameters."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where optimizer state lives (cpu needs a C++ compiler once, ZeRO ≥ 1)."""
+    overlap_comm: bool = False
+    """Overlap of gradient reduction with the backward pass."""
+    cpu_threads: int | None = Field(default=None, ge=1)
+    """Threads per rank without a GPU; None shares the cores among the ranks of the node."""
+    timeout_minutes: int = Field(default=30, ge=1)
+    """Limit of one collective call."""
+    deepspeed: dict = Field(default_factory=dict)
+    """Further DeepSpeed settings, merged over ours; a key that a field here sets is refused."""
+
+    @model_validator(mode="after")
+    def _offloadable(self) -> EngineSection:
+        if self.offload == "cpu" and self.zero == 0:
+            raise ValueError("offload cpu needs zero 1, 2 or 3")
+        return self
+
+
+class CheckpointSection(Section):
+    every: int = Field(default=500, ge=1)
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints to keep, beside the best."""
+
+
+class EvalSection(Section):
+    every: int = Field(default=500, ge=0)
+    """Steps between evaluations, beside the one before the first step and the one after the last; 0: only those."""
+    crop: int = Field(default=256, ge=32)
+    """Side of a validation crop, px."""
+    per_tier: int = Field(default=2, ge=1)
+    """Pairs per validation photograph and severity tier."""
+    panels: int = Field(default=6, ge=1)
+    """Rows of panel.png and of the panels in TensorBoard."""
+
+
+class Config(Section):
+    """Everything a run needs to be repeated."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    blur: BlurConfig = BlurConfig()
+    model: ModelSection = ModelSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+
+    def micro_batch(self, world: int) -> int:
+        """Pairs per rank and micro-batch. ValueError if `world` ranks and the accumulation do not divide the batch."""
+        parts = world * self.train.accumulation
+        if self.train.batch % parts:
+            raise ValueError(
+                f"train.batch {self.train.batch} is not divisible by {world} ranks × {self.train.accumulation} "
+                "accumulation steps: choose a multiple"
+            )
+        return self.train.batch // parts

@@ -1,0 +1,222 @@
+"""Accelerate + DeepSpeed: one process per rank, ZeRO 0–3, with or without a GPU, and nothing else in between.
+
+Facts this file rests on (measured with accelerate 1.15, deepspeed 0.19.8): `--cpu` turns DeepSpeed off without a word;
+a single process started without RANK makes DeepSpeed ask for mpi4py; without an explicit gloo backend every CPU rank
+believes that it is alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from train.config import Config
+
+OURS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "torch_autocast")
+OURS_ZERO = ("stage", "overlap_comm", "offload_optimizer")
+
+
+def set_launch_defaults() -> None:
+    """Environment of a process that no launcher (or accelerate's simple one) started: rank 0 of 1, a free port."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["ACCELERATE_USE_CPU"] = "false"  # "true" would turn DeepSpeed off; the device is chosen below
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # A killed extension build leaves a lock that hangs every later one in the same folder.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"sharpprior-ext-{os.getuid()}"))
+
+
+def world_size() -> int:
+    """Number of ranks, known before anything is initialised."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """AdamW's groups: {student and fusion, everything else} × {matrices decay, vectors do not}; none is empty."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith("prior."), parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": params, "prior": prior, "weight_decay": config.optim.weight_decay if decays else 0.0}
+        for (prior, decays), params in groups.items()
+    ]
+
+
+def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary for a run: ours, with `engine.deepspeed` merged over it."""
+    engine = config.engine
+    zero: dict[str, Any] = {"stage": engine.zero, "overlap_comm": engine.overlap_comm}
+    if engine.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.micro_batch(world),
+        "gradient_accumulation_steps": config.train.accumulation,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }
+    if engine.precision == "bf16":
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    for key, value in engine.deepspeed.items():
+        if key in OURS:
+            raise ValueError(f"engine.deepspeed.{key} is set by the configuration's own fields: use those")
+        if key == "zero_optimization":
+            taken = [name for name in value if name in OURS_ZERO]
+            if taken:
+                raise ValueError(f"engine.deepspeed.zero_optimization.{taken[0]} is set by the engine's own fields")
+            zero.update(value)
+        else:
+            settings[key] = value
+    return settings
+
+
+class Engine:
+    """The ranks of a run, and (after `wrap`) the trained module on them.
+
+    rank, world, device: this process's place. module: the trained nn.Module itself. engine: DeepSpeed's engine.
+    """
+
+    def __init__(self, config: Config) -> None:
+        set_launch_defaults()
+        import deepspeed.ops
+        from accelerate import Accelerator
+        from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+        from deepspeed.utils import logger as deepspeed_logger
+
+        deepspeed_logger.setLevel(logging.WARNING)
+        gpu = torch.cuda.is_available()
+        if not gpu:
+            # It only speeds up collectives inside a node, and needs a compiler at run time.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.config = config
+        self._accelerator = Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(
+                hf_ds_config=deepspeed_settings(config, world_size()), zero3_init_flag=False
+            ),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(
+                    backend="nccl" if gpu else "gloo", timeout=timedelta(minutes=config.engine.timeout_minutes)
+                )
+            ],
+        )
+        self.rank: int = self._accelerator.process_index
+        self.world: int = self._accelerator.num_processes
+        self.device: torch.device = self._accelerator.device
+        if self.world != world_size():
+            raise RuntimeError(f"the launcher announced {world_size()} ranks, {self.world} came together")
+        if not gpu:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(config.engine.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
+        self.engine: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which writes and prints."""
+        return self.rank == 0
+
+    @property
+    def module(self) -> nn.Module:
+        """The trained module, without wrappers."""
+        return self.engine.module
+
+    def wrap(self, module: nn.Module) -> None:
+        """Hand the module and a new AdamW to DeepSpeed. Only these two: the loader is sharded by its own plan."""
+        groups = parameter_groups(module, self.config)
+        optim = self.config.optim
+        if self.config.engine.offload == "cpu":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            optimizer: Any = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=self.device.type == "cuda")
+        self.engine, _ = self._accelerator.prepare(module, optimizer)
+
+    def set_learning_rates(self, restorer: float, prior: float) -> None:
+        """Learning rates of the coming step."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = prior if group["prior"] else restorer
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """Training forward, under the run's precision."""
+        return self.engine(*inputs, **keywords)
+
+    def backward_and_step(self, loss: Tensor) -> None:
+        """Backward of one micro-batch's mean loss; DeepSpeed steps at the accumulation boundary."""
+        self.engine.backward(loss)
+        self.engine.step()
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The run's precision for what runs outside the engine (teacher, evaluation)."""
+        if self.config.engine.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last step before clipping, where DeepSpeed knows it."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, fp64, same shape, on the CPU; deterministic for a given number of ranks."""
+        total = values.detach().to(self.device, torch.float64)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.cpu()
+
+    def gather(self, thing: Any) -> list[Any]:
+        """Any picklable object of every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return [thing]
+        things: list[Any] = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """An exception in the block on any rank ends it on every rank, instead of leaving the others waiting."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        texts = self.gather(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise ValueError(f"rank {rank} stopped: {text}")
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def zero3_gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
+    """Whole parameters inside the block under ZeRO-3 (collective); nothing to do otherwise."""
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        from deepspeed.zero import GatheredParameters
+
+        return GatheredParameters(parameters)
+    return contextlib.nullcontext()

@@ -1,0 +1,49 @@
+"""How a command ends badly: one line that says what, where and what to do, and a status other than 0."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from train.run_folder import log
+
+INTERRUPTED = 130
+
+
+def explained(work: Callable[[], None]) -> int:
+    """Exit status of `work`: 0, or 1 after one line about what the user can mend, or 130 when interrupted.
+
+    ValueError and OSError are the user's (configuration, data, files); their traceback goes to the run's log. Anything
+    else is a defect of ours and keeps its traceback.
+    """
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        for handler in log.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.stream.write(traceback.format_exc())
+                handler.flush()
+        print(f"error: {_line(error)}", file=sys.stderr, flush=True)
+        return _leave(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return _leave(INTERRUPTED)
+    return 0
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _leave(status: int) -> int:
+    """End at once where other ranks exist: a clean exit would wait for them in the process group's destructor."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status

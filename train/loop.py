@@ -1,0 +1,133 @@
+"""One optimizer step, asked of every rank at once: is the loss finite, did somebody ask to stop, what was the mean."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+
+from train.engine import Engine
+from train.schedule import learning_rates
+from train.task import DeblurTask
+
+MAX_BAD_STEPS = 3
+
+
+class TrainingDiverged(ValueError):
+    """The loss was not finite too often; carries the keys of this rank's batch."""
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM become a flag that is looked at between steps; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def install(self) -> None:
+        """Take over the signals (main thread only)."""
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@dataclass
+class StepResult:
+    """What a step did: mean loss and parts over ranks and micro-batches, learning rates, seconds."""
+
+    loss: float
+    parts: dict[str, float]
+    lr: float
+    grad_norm: float | None
+    stop: bool
+    finite: bool
+    wait_s: float
+    total_s: float
+    keys: list[str] = field(default_factory=list)
+
+
+def micro_batches(loader: Iterator[dict], count: int) -> Iterator[tuple[dict, float]]:
+    """The next `count` micro-batches, each with the seconds this process waited for it."""
+    for _ in range(count):
+        asked = time.perf_counter()
+        batch = next(loader)
+        yield batch, time.perf_counter() - asked
+
+
+def training_step(engine: Engine, task: DeblurTask, loader: Iterator[dict], step: int, stop: StopRequest) -> StepResult:
+    """Run the 0-based `step`: accumulate, clip, update. A micro-batch whose loss is not finite on any rank gives no
+    gradient, and its step no update; the result says so, and the caller counts."""
+    config = engine.config
+    started = time.perf_counter()
+    distill = step < config.train.distill_steps
+    restorer, prior = learning_rates(step, config)
+    wait_s, finite, asked_to_stop = 0.0, True, False
+    means: dict[str, float] = {}
+    keys: list[str] = []
+    # Rates are set before the last backward: DeepSpeed updates inside `step()` at the accumulation boundary.
+    engine.set_learning_rates(restorer, prior)
+    for batch, waited in micro_batches(loader, config.train.accumulation):
+        wait_s += waited
+        keys += batch["key"]
+        loss, parts = task.losses(engine.forward, batch, distill=distill, autocast=engine.autocast())
+        named = {"loss": loss.detach(), **parts}
+        flags = torch.tensor([not torch.isfinite(loss), stop.asked], dtype=torch.float64, device=loss.device)
+        told = engine.sum(torch.cat([torch.stack([value.double() for value in named.values()]), flags]))
+        bad, stops = told[-2:].tolist()
+        asked_to_stop |= stops > 0
+        if bad:
+            finite = False
+            loss = zero_loss(engine, task, batch, distill)
+            engine.set_learning_rates(0.0, 0.0)
+        engine.backward_and_step(loss)
+        for name, value in zip(named, (told[:-2] / engine.world).tolist(), strict=True):
+            means[name] = means.get(name, 0.0) + value / config.train.accumulation
+    loss_value = means.pop("loss")
+    return StepResult(
+        loss=loss_value,
+        parts=means,
+        lr=prior if distill else restorer,
+        grad_norm=engine.grad_norm() if finite else None,
+        stop=asked_to_stop,
+        finite=finite and math.isfinite(loss_value),
+        wait_s=wait_s,
+        total_s=time.perf_counter() - started,
+        keys=keys,
+    )
+
+
+def zero_loss(engine: Engine, task: DeblurTask, batch: dict, distill: bool) -> torch.Tensor:
+    """A loss whose gradient is zero, for a micro-batch that must not count: DeepSpeed wants its backward all the same
+    (it counts micro-batches, and under ZeRO every rank must take part in the reduction)."""
+    black = {**batch, "blurry": torch.zeros_like(batch["blurry"]), "sharp": torch.zeros_like(batch["sharp"])}
+    loss, _ = task.losses(engine.forward, black, distill=distill, autocast=engine.autocast())
+    if not torch.isfinite(loss):
+        raise TrainingDiverged(
+            "the weights themselves are not finite: the run diverged; resume the last checkpoint with a lower optim.lr"
+        )
+    return loss * 0.0
+
+
+class BadSteps:
+    """Counts steps without a finite loss; the third in a row ends the run, with this rank's keys in the message."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def check(self, step: int, result: StepResult) -> bool:
+        """Whether the step was bad. TrainingDiverged at the third in a row."""
+        self.count = 0 if result.finite else self.count + 1
+        if self.count >= MAX_BAD_STEPS:
+            raise TrainingDiverged(
+                f"the loss was not finite in {self.count} steps in a row, the last is step {step}: lower optim.lr, or "
+                f"look at the batch's samples: {', '.join(result.keys[:16])}"
+            )
+        return not result.finite

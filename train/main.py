@@ -1,0 +1,77 @@
+"""Train a deblurring network with a semantic prior.
+
+accelerate launch train/main.py --config configs/quickstart.yaml          # bundled photographs, CPU or GPU
+accelerate launch train/main.py --config configs/large.yaml               # one node, all its GPUs
+torchrun --nproc_per_node 2 train/main.py --config configs/quickstart.yaml   # several CPU processes (gloo)
+python train/main.py --config configs/large.yaml --dry-run --ranks 8      # check everything, train nothing
+
+--set optim.lr=1e-4     any key of the configuration
+--resume auto           go on with the run of that name, or start it
+--init RUN              start from the weights of a run, a checkpoint or an exported model
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before other packages called `train` or `data`
+
+from train.config_file import load_config
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
+    parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="go on with a run")
+    parser.add_argument("--init", metavar="RUN", help="weights to start from")
+    parser.add_argument("--dry-run", action="store_true", help="validate, count and plan; train nothing")
+    parser.add_argument("--ranks", type=int, default=None, help="ranks to plan for in a dry run")
+    return parser.parse_args(arguments)
+
+
+def train(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.set)
+
+    # Imported here, so that a wrong key is told in a second.
+    from train.dry_run import dry_run
+    from train.engine import Engine
+    from train.loop import BadSteps, StopRequest, training_step
+    from train.session import Session
+
+    if args.dry_run:
+        return dry_run(config, args.ranks)
+
+    stop = StopRequest()
+    stop.install()
+    engine = Engine(config)
+    with Session(config, engine, resume=args.resume, init=args.init) as run:
+        step, steps = run.step, config.train.steps
+        if step == 0:
+            run.evaluate(step)
+        loader, bad = run.loader(), BadSteps()
+        while step < steps:
+            result = training_step(engine, run.task, loader, step, stop)
+            step += 1
+            if not bad.check(step, result):
+                run.ema.update()
+            run.record(step, result)
+            last = step == steps
+            if last or (config.eval.every and step % config.eval.every == 0):
+                run.evaluate(step, final=last)
+            if last or result.stop or step % config.checkpoint.every == 0:
+                run.save(step)
+            if result.stop:
+                return run.say_stopped(step)
+        run.finish()
+
+
+def main() -> int:
+    args = parse(sys.argv[1:])
+    from train.failure import explained
+
+    return explained(lambda: train(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

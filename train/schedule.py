@@ -1,0 +1,24 @@
+"""The learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+
+from train.config import Config
+
+
+def cosine_with_warmup(step: int, steps: int, warmup: int, final: float) -> float:
+    """Factor of the peak learning rate for the 0-based `step` of `steps`: linear from 1/warmup to 1, then half a cosine
+    to `final` at the last step."""
+    if step < warmup:
+        return (step + 1) / warmup
+    span = max(1, steps - 1 - warmup)
+    progress = min(1.0, (step - warmup) / span)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def learning_rates(step: int, config: Config) -> tuple[float, float]:
+    """(restorer, prior) learning rates of a step. The restorer rests while the student distills."""
+    factor = cosine_with_warmup(step, config.train.steps, config.optim.warmup, config.optim.final_lr)
+    lr = config.optim.lr * factor
+    return (0.0 if step < config.train.distill_steps else lr), lr * config.optim.prior_lr_scale

@@ -1,0 +1,372 @@
+"""A run in progress: its folder, data, model, average and checkpoints, put together in the one order that works."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from data.blur import TIERS
+from data.loader import validation_count, validation_pairs
+from data.shards import ShardSet
+from model.pretrained import load_pretrained
+from train.checkpoint import CheckpointError, Checkpoints, RunState, damage, read_state
+from train.config import Config
+from train.ema import Ema
+from train.engine import Engine
+from train.evaluate import Evaluation, evaluate_pairs, merge
+from train.loop import StepResult
+from train.progress import TrainingProgress
+from train.report import draw_curve, draw_panel, write_report
+from train.run_folder import RunFolder, config_digest, git_commit, log, start_logging
+from train.saved import model_folder
+from train.sources import data_sources, pair_loader
+from train.task import CALIBRATION_CROPS, DeblurTask, build_model, trainable
+
+VALIDATION_SEED = 0  # the validation list is the same for every training seed
+PANEL_TIERS = ("severe", "extreme", "moderate")
+
+
+class Session:
+    """Everything of a run beside its loop. All ranks make one and call the same methods in the same order.
+
+    step: optimizer steps done. Use as a context manager: leaving it closes what is open.
+    """
+
+    def __init__(self, config: Config, engine: Engine, *, resume: str | None, init: str | None) -> None:
+        if resume and init and resume != "auto":
+            raise ValueError("--resume and --init exclude each other: a resumed run has its weights")
+        self.config, self.engine = config, engine
+        self.console = Console()
+        self.folder = RunFolder.of(config)
+        self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
+        with engine.agreed():
+            if engine.main:
+                self.folder.claim(resume=resume is not None)
+                start_logging(self.folder, self.console)
+        with engine.agreed():
+            train, val = data_sources(config)
+            self.train_set, self.val_set = (
+                ShardSet(source.path, check=config.data.max_bad_fraction == 0) for source in (train, val)
+            )
+        log.info("training data: %s, %d samples", train, len(self.train_set))
+        log.info("validation data: %s, %d samples", val, len(self.val_set))
+        self.sources = {"training data": str(train), "validation data": str(val)}
+        checkpoint = self._checkpoint_to_resume(resume)
+        with engine.agreed():
+            self._build(checkpoint, init)
+        self.step, self.gain, self.evaluation = 0, None, None
+        if checkpoint is not None:
+            self.task.load_state_dict(self.checkpoints.restore(checkpoint, engine, self.ema))
+            self.step = read_state(checkpoint).step
+            log.info("resumed %s at step %d of %d", checkpoint, self.step, config.train.steps)
+        self._open_writers()
+        self._seconds = 0.0
+        self.progress: TrainingProgress | None = None
+
+    def _build(self, checkpoint: Path | None, init: str | None) -> None:
+        config, engine = self.config, self.engine
+        self.task = DeblurTask(config, engine.device)
+        module = build_model(config, read_weights=checkpoint is None).to(engine.device)
+        if checkpoint is None:
+            if init is not None:
+                folder = model_folder(init)
+                load_pretrained(module, folder)
+                log.info("weights start from %s", folder)
+            self.task.calibrate(module, self._calibration_batches())
+            if init is not None and module.prior is not None:
+                load_pretrained(module, folder)  # with the scales that belong to these weights
+        engine.wrap(module)
+        self.ema = Ema(engine.module, config.train.ema)
+        log.info(
+            "%d trained parameters, %d ranks on %s, ZeRO %d, %s",
+            trainable(engine.module), engine.world, engine.device.type, config.engine.zero, config.engine.precision,
+        )  # fmt: skip
+
+    def _calibration_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The first pairs of the plan, whatever the number of ranks: the same on every rank."""
+        single = self.config.model_copy(
+            update={
+                "data": self.config.data.model_copy(update={"workers": 0}),
+                "train": self.config.train.model_copy(update={"accumulation": 1, "batch": 8}),
+            }
+        )
+        batches = CALIBRATION_CROPS // single.train.batch
+        for batch in pair_loader(single, self.train_set, start=0, batches=batches, rank=0, world=1):
+            yield batch["blurry"], batch["sharp"]
+
+    # -- resuming -----------------------------------------------------------------------------------------------------
+
+    def _checkpoint_to_resume(self, resume: str | None) -> Path | None:
+        engine = self.engine
+        found: Path | None = None
+        with engine.agreed():
+            if engine.main and resume is not None:
+                found = self._find_checkpoint(resume)
+                if found is not None:
+                    self._check_fits(found)
+                self.folder.rewind_metrics(read_state(found).step if found else -1)
+        return engine.gather(found)[0]
+
+    def _find_checkpoint(self, resume: str) -> Path | None:
+        if resume != "auto":
+            path = Path(resume)
+            problem = damage(path)
+            if problem is not None:
+                raise CheckpointError(f"{problem}: not a whole checkpoint; name another, or --resume auto")
+            return path
+        path, damaged = self.checkpoints.newest_whole()
+        for problem in damaged:
+            log.warning("damaged checkpoint, not used: %s", problem)
+        if path is None and damaged:
+            raise CheckpointError(f"{self.folder.checkpoints}: no whole checkpoint is left ({damaged[0]})")
+        if path is None:
+            log.info("nothing to resume in %s: starting from the beginning", self.folder.path)
+        return path
+
+    def _check_fits(self, path: Path) -> None:
+        """CheckpointError where going on would not be the same run."""
+        state, config = read_state(path), self.config
+        for name, was, now in (
+            ("ranks", state.world, self.engine.world),
+            ("engine.zero", state.zero, config.engine.zero),
+            ("run.seed", state.seed, config.run.seed),
+        ):
+            if was != now:
+                raise CheckpointError(
+                    f"{path}: was written with {name} {was}, not {now}: use {was}, or start a run from its weights "
+                    f"with --init {path}"
+                )
+        if state.index_digest != self.train_set.digest:
+            raise CheckpointError(f"{path}: the training data's index changed since: start a run with --init {path}")
+        if state.config_digest != config_digest(config):
+            from train.config_file import load_config
+
+            differing = _differences(load_config(path / "config.yaml").model_dump(), config.model_dump())
+            raise CheckpointError(
+                f"{path}: the configuration differs ({', '.join(differing[:4])}): undo that, or start a run with "
+                f"--init {path}"
+            )
+        if state.step > config.train.steps:
+            raise CheckpointError(f"{path}: is at step {state.step}, beyond train.steps {config.train.steps}")
+
+    # -- the loop's calls ---------------------------------------------------------------------------------------------
+
+    def loader(self) -> Iterator[dict]:
+        """The training stream from where the run stands to its end."""
+        config, engine = self.config, self.engine
+        left = config.train.steps - self.step
+        stream = pair_loader(
+            config, self.train_set, start=self.step * config.train.batch, batches=left, rank=engine.rank,
+            world=engine.world, pin_memory=engine.device.type == "cuda",
+        )  # fmt: skip
+        if engine.main:
+            self.progress = TrainingProgress(self.console, self.step, config.train.steps)
+            self.progress.__enter__()
+        return iter(stream)
+
+    def record(self, step: int, result: StepResult) -> None:
+        """Count, show and write down a step."""
+        self.step = step
+        self._seconds += result.total_s
+        if not result.finite:
+            self._write_bad_batch(step, result)
+        if not self.engine.main:
+            return
+        if self.progress is not None:
+            self.progress.update(step, result)
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            values = {"loss": result.loss, **result.parts, "lr": result.lr, "grad_norm": result.grad_norm}
+            values |= {"wait_share": result.wait_s / result.total_s, "seconds": result.total_s}
+            self.folder.append_metrics({"step": step, **_finite(values)})
+            for name, value in _finite(values).items():
+                if value is not None:
+                    self.writer.add_scalar(f"train/{name}", value, step)
+
+    def _write_bad_batch(self, step: int, result: StepResult) -> None:
+        path = self.folder.path / f"nonfinite-rank{self.engine.rank}.jsonl"
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "keys": result.keys}) + "\n")
+        log.warning("step %d: the loss was not finite; no update; the batch's keys are in %s", step, path)
+
+    def evaluate(self, step: int, *, final: bool = False) -> Evaluation:
+        """Score the validation list with the averaged weights; every rank takes part, rank 0 writes."""
+        engine, settings = self.engine, self.config.eval
+        total = validation_count(self.val_set, TIERS, settings.per_tier)
+        pairs = validation_pairs(
+            self.val_set, self.config.blur, crop=settings.crop, crops=settings.per_tier, seed=VALIDATION_SEED,
+            rank=engine.rank, world=engine.world, margin=self.config.data.margin,
+        )  # fmt: skip
+        started = time.perf_counter()
+        with self.ema.in_place_of_weights(), engine.autocast():
+            part = evaluate_pairs(
+                engine.module,
+                pairs,
+                device=engine.device,
+                teacher=self.task.teacher,
+                similarity=self.task.similarity,
+                keep=panel_numbers(settings.panels, self.val_set, settings.per_tier),
+                forwards=math.ceil(total / engine.world),
+                dummy_size=settings.crop,
+            )
+        evaluation = merge(engine.gather(part))
+        self.gain, self.evaluation = evaluation.severe_gain(), evaluation
+        if engine.main:
+            self.folder.append_metrics({"step": step, **_finite(evaluation.record())})
+            for row in evaluation.tiers():
+                self.writer.add_scalar(f"gain/{row.tier}", row.gain, step)
+                self.writer.add_scalar(f"psnr/{row.tier}", row.restored_psnr, step)
+            for level, value in enumerate(evaluation.similarity):
+                self.writer.add_scalar(f"similarity/level{level + 1}", value, step)
+            self.writer.add_image("panel", draw_panel(evaluation.pictures), step, dataformats="HWC")
+            gains = "  ".join(f"{row.tier} {row.gain:+.3f}" for row in evaluation.tiers())
+            log.info("step %d: gain in dB: %s  (%d pairs, %.0f s)", step, gains, total, time.perf_counter() - started)
+        return evaluation
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint of the step just done."""
+        fresh = self.evaluation is not None and self._evaluated_at(step)
+        state = RunState(
+            step=step,
+            samples_consumed=step * self.config.train.batch,
+            world=self.engine.world,
+            zero=self.config.engine.zero,
+            seed=self.config.run.seed,
+            config_digest=config_digest(self.config),
+            index_digest=self.train_set.digest,
+            git_commit=self._commit,
+            gain=self.gain if fresh else None,
+        )
+        path = self.checkpoints.save(self.engine, self.ema, state, self.config, self.task.state_dict())
+        log.info("checkpoint %s", path)
+        return path
+
+    def _evaluated_at(self, step: int) -> bool:
+        every = self.config.eval.every
+        return step == self.config.train.steps or (every > 0 and step % every == 0)
+
+    def say_stopped(self, step: int) -> None:
+        """The last line of a run that was asked to stop."""
+        self._stop_progress()
+        log.info("stopped at step %d as asked; go on with --resume auto", step)
+
+    def finish(self) -> None:
+        """panel.png, curve.png, report.md."""
+        self._stop_progress()
+        if not self.engine.main:
+            return
+        if self.evaluation is None:  # a finished run, resumed: its report is there
+            log.info("%s is finished: nothing to do", self.folder.path)
+            return
+        from PIL import Image
+
+        records = self.folder.read_metrics()
+        Image.fromarray(draw_panel(self.evaluation.pictures)).save(self.folder.path / "panel.png")
+        draw_curve(records, self.folder.path / "curve.png")
+        first = next((record for record in records if record["step"] == 0 and "similarity" in record), {})
+        write_report(
+            self.folder.path / "report.md",
+            self.evaluation,
+            title=f"Run {self.config.run.name}",
+            facts=self._facts(records),
+            before=first.get("similarity", []),
+            notes=self._notes(records),
+        )
+        log.info("report: %s", self.folder.path / "report.md")
+
+    def _facts(self, records: list[dict]) -> dict[str, str]:
+        config = self.config
+        return {
+            **self.sources,
+            "model": f"{config.model.backbone['name']} with "
+            + (f"the prior of {config.model.teacher.name}" if config.model.prior else "no prior")
+            + f", {trainable(self.engine.module):,} trained parameters",
+            "steps": f"{config.train.steps} of {config.train.batch} pairs, {config.data.crop} px crops"
+            + (f"; the first {config.train.distill_steps} distill" if config.train.distill_steps else ""),
+            "seconds in steps": f"{_seconds(records):.0f}",
+            "machine": f"{self.engine.world} ranks on {self.engine.device.type}, ZeRO {config.engine.zero}, "
+            f"{config.engine.precision}",
+            "blur": f"preset {config.blur.preset}; validation crops of {config.eval.crop} px",
+            "commit": self._commit or "not in git",
+        }
+
+    def _notes(self, records: list[dict]) -> list[str]:
+        pairs = self.config.train.steps * self.config.train.batch
+        if pairs >= 1_000_000:
+            return []
+        return [
+            "",
+            f"This run saw {pairs:,} pairs in {_seconds(records) / 60:.1f} minutes of training. So little buys a small "
+            "gain, about a tenth of a dB; the networks of the literature see millions of crops, for days on GPUs.",
+        ]
+
+    # -- opening and closing ------------------------------------------------------------------------------------------
+
+    def _open_writers(self) -> None:
+        self._commit = git_commit()
+        if not self.engine.main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder.write_config(self.config)
+        self.writer = SummaryWriter(str(self.folder.tensorboard), purge_step=self.step + 1)
+
+    def _stop_progress(self) -> None:
+        if self.progress is not None:
+            self.progress.__exit__()
+            self.progress = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self._stop_progress()
+        if self.engine.main:
+            self.writer.close()
+        if kind is None:
+            self.engine.close()
+
+
+def panel_numbers(rows: int, shards: ShardSet, crops: int) -> set[int]:
+    """Places in the validation list of a panel's rows: spread over the photographs, chosen by position alone."""
+    tiers = 1 if shards.kind == "pairs" else len(TIERS)
+    numbers = set()
+    for row in range(rows):
+        tier = TIERS.index(PANEL_TIERS[row % len(PANEL_TIERS)]) if tiers > 1 else 0
+        numbers.add((row * len(shards) // rows) * crops * tiers + tier)
+    return numbers
+
+
+def _seconds(records: list[dict]) -> float:
+    """Seconds in steps, from the log: exact where every step is logged, else scaled up from those that are."""
+    timed = [(record["step"], record["seconds"]) for record in records if "seconds" in record]
+    gaps = [timed[0][0], *(b - a for (a, _), (b, _) in pairwise(timed))] if timed else []
+    return sum(seconds * gap for (_, seconds), gap in zip(timed, gaps, strict=True))
+
+
+def _finite(value: Any) -> Any:
+    """The same value with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """Dotted names of the values in which two configurations differ."""
+    names = []
+    for key in a.keys() | b.keys():
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            names += _differences(left, right, f"{prefix}{key}.")
+        elif left != right and not prefix.startswith(("run.", "checkpoint.", "eval.")):
+            names.append(f"{prefix}{key} {left} → {right}")
+    return sorted(names)

@@ -1,0 +1,120 @@
+"""What is learned: the trained module, its frozen teacher, and the losses; a batch goes in, a loss comes out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.deblurrer import Deblurrer, build_deblurrer
+from model.teacher import Teacher
+from train.config import Config
+from train.losses import CrossLevelFeatureLoss, RestorationLoss
+
+CALIBRATION_CROPS = 64
+
+
+def build_model(config: Config, *, read_weights: bool = True) -> Deblurrer:
+    """The module that a configuration describes; its fresh weights depend on the seed alone."""
+    model = config.model
+    return build_deblurrer(
+        backbone=model.backbone,
+        prior=model.prior,
+        levels=model.levels,
+        teacher=model.teacher.name,
+        teacher_weights=model.teacher.weights,
+        student=model.student.name,
+        student_weights=model.student.weights,
+        student_batch_norm=model.student.batch_norm,
+        fusion_width=model.student.width,
+        residual_prior=model.student.residual,
+        spe_dim=model.spe.dim,
+        spe_groups=model.spe.groups,
+        spe_heads=model.spe.heads,
+        spe_points=model.spe.points,
+        seed=config.run.seed,
+        read_weights=read_weights,
+    )
+
+
+class DeblurTask:
+    """Teacher and losses of a run (without a prior: the restoration loss alone).
+
+    The teacher is not part of the trained module and not in any checkpoint.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        weights = config.loss
+        self.restoration = RestorationLoss(weights.pixel, weights.frequency).to(device)
+        self.teacher: Teacher | None = None
+        self.features: CrossLevelFeatureLoss | None = None
+        if config.model.prior:
+            model = config.model
+            self.teacher = Teacher(model.teacher.name, model.teacher.weights, model.levels).to(device)
+            self.features = CrossLevelFeatureLoss(
+                self.teacher.channels,
+                structure=weights.structure,
+                context=weights.context,
+                logits=weights.logits,
+                classify=self.teacher.logits if weights.logits else None,
+            ).to(device)
+
+    def calibrate(self, module: Deblurrer, images: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Measure the features' scales of a fresh run on (blurry, sharp) uint8 batches, the same ones on every rank."""
+        if self.teacher is None or self.features is None:
+            return
+        pairs = [(as_float(blurry, self.device), as_float(sharp, self.device)) for blurry, sharp in images]
+        self.features.calibrate(self.teacher(sharp) for _, sharp in pairs)
+        module.calibrate(self.features.statistics, (blurry for blurry, _ in pairs))
+
+    def losses(
+        self,
+        forward: Callable[..., Any],
+        batch: dict,
+        *,
+        distill: bool,
+        autocast: contextlib.AbstractContextManager,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch (a mean over its pairs) and its detached parts. distill: the student alone learns."""
+        blurry, sharp = as_float(batch["blurry"], self.device), as_float(batch["sharp"], self.device)
+        out = forward(blurry, prior_only=True) if distill else forward(blurry)
+        total, parts = sharp.new_zeros(()), {}
+        if not distill:
+            loss, parts = self.restoration(out.restored, sharp)
+            total = total + loss
+        weight = 1.0 if distill else self.config.loss.cfl
+        if self.teacher is not None and self.features is not None and weight > 0:
+            with autocast:
+                target = self.teacher(sharp)
+            loss, more = self.features(out.prior, target)
+            total = total + weight * loss
+            parts = {**parts, **more}
+        return total, parts
+
+    @property
+    def similarity(self) -> Callable | None:
+        """Per-level similarity of the prior to the teacher's features, None without a prior."""
+        return self.features.similarity if self.features is not None else None
+
+    def state_dict(self) -> dict:
+        """The measured statistics."""
+        return self.features.state_dict() if self.features is not None else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take the statistics back."""
+        if self.features is not None:
+            self.features.load_state_dict(state)
+
+
+def as_float(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 [B, 3, H, W] → float32 in [0, 1] on the device."""
+    return images.to(device, non_blocking=True).float().div(255)
+
+
+def trainable(module: nn.Module) -> int:
+    """Number of trained parameters, whole under ZeRO-3 too."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
