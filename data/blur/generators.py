@@ -35,10 +35,25 @@ class Recipe:
     details: dict[str, float]
 
 
+@dataclass(frozen=True)
+class GivenMasks:
+    """Opacities [L, h, w] uint8 of objects around a crop whose first pixel lies at (top, left)."""
+
+    opacities: np.ndarray
+    top: int
+    left: int
+
+    def window(self, size: int, margin: int) -> np.ndarray:
+        """Opacities [L, size + 2·margin, …] around the crop; nothing beyond the given part belongs to an object."""
+        padded = np.pad(self.opacities, ((0, 0), (margin, margin), (margin, margin)))
+        side = size + 2 * margin
+        return np.ascontiguousarray(padded[:, self.top : self.top + side, self.left : self.left + side])
+
+
 def draw_recipe(
-    rng: np.random.Generator, tier: str, config: BlurConfig, frame: Frame, masks: np.ndarray | None = None
+    rng: np.random.Generator, tier: str, config: BlurConfig, frame: Frame, masks: GivenMasks | None = None
 ) -> Recipe:
-    """Blur and camera of one attempt for a tier; masks [L, H, W] uint8 of the whole photo replace procedural ones."""
+    """Blur and camera of one attempt for a tier; masks replace the procedural objects of `layers`."""
     photometry = draw_photometry(rng, config.photometry)
     if tier == "identity":
         # No light is moved, so boosting highlights would only brighten them: identity is noise and JPEG alone.
@@ -81,13 +96,13 @@ def draw_path(rng: np.random.Generator, generator: str) -> tuple[np.ndarray, dic
 
 
 def draw_layers(
-    rng: np.random.Generator, extent: float, frame: Frame, masks: np.ndarray | None = None
+    rng: np.random.Generator, extent: float, frame: Frame, masks: GivenMasks | None = None
 ) -> tuple[Layers, dict[str, float]]:
     """One to three moving objects: the foremost by `extent` px, the others by .3–1 of it, the background by up to half.
 
     Three in ten backgrounds stand still. Given masks are used as they are, the last one foremost.
     """
-    objects = int(rng.integers(1, 4)) if masks is None else len(masks)
+    objects = int(rng.integers(1, 4)) if masks is None else len(masks.opacities)
     still = rng.random() < 0.3
     extents = [0.0 if still else extent * rng.uniform(0.1, 0.5)]
     extents += [extent * rng.uniform(0.3, 1.0) for _ in range(objects - 1)] + [extent]
@@ -97,7 +112,7 @@ def draw_layers(
     if masks is None:
         drawn = np.stack([blob_mask(rng, side, frame.size) for _ in range(objects)])
     else:
-        drawn = np.stack([_mask_window(mask, frame, margin) for mask in masks])
+        drawn = masks.window(frame.size, margin)
     elsewhere = (int(rng.integers(side // 3, side - side // 3)), int(rng.integers(side // 3, side - side // 3)))
     return Layers(kernels, drawn, margin, elsewhere), {"objects": objects, "background_extent": extents[0]}
 
@@ -105,10 +120,3 @@ def draw_layers(
 def _path_kernel(rng: np.random.Generator, extent: float) -> np.ndarray:
     path, _ = draw_path(rng, choose(rng, _LAYER_PATHS))
     return kernel_of_path(trajectory.scale_to_extent(path, extent)) if extent > 0 else IDENTITY
-
-
-def _mask_window(mask: np.ndarray, frame: Frame, margin: int) -> np.ndarray:
-    """A photo-sized mask around the crop; nothing beyond the photo belongs to an object."""
-    padded = np.pad(mask, margin)
-    side = frame.size + 2 * margin
-    return padded[frame.top : frame.top + side, frame.left : frame.left + side]

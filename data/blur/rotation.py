@@ -43,12 +43,28 @@ class Rotation:
     extent_max: float
 
 
+def reach_of(extent: float) -> int:
+    """Most px that a blur of this extent may need around a crop, whatever its generator."""
+    return math.ceil(1.5 * extent) + 16
+
+
 def draw_rotation(rng: np.random.Generator, extent: float, frame: Frame) -> tuple[Rotation, dict[str, float]]:
     """A random rotation whose extent, averaged over the crop, is `extent` px; and the parameters it was drawn with.
 
     The photo is taken for a part of a larger virtual frame, so that the principal point may lie outside it, as it does
     for a tile of a photograph. Focal length: f₀·2^U(−1, 2) with f₀ the virtual frame's longer side.
     """
+    for _ in range(16):
+        motion, details = _draw_rotation(rng, extent, frame)
+        if motion.margin <= reach_of(extent):
+            return motion, details
+    # So wild a sequence has not been seen; a pure pan through a long lens always fits.
+    pan = np.linspace([0.0, 0.0, 0.0], [0.0, 1.0, 0.0], 257)
+    focal, centre = 16.0 * frame.size, np.full(2, frame.size / 2)
+    return rotation_of(pan, focal, centre, frame.size, extent), {"focal_length": focal}
+
+
+def _draw_rotation(rng: np.random.Generator, extent: float, frame: Frame) -> tuple[Rotation, dict[str, float]]:
     enlarge = 2.0 ** rng.uniform(0.0, 1.5)
     rows, columns = enlarge * frame.height, enlarge * frame.width
     centre = np.array(
