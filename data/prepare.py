@@ -1,0 +1,341 @@
+"""Turn a dataset or a folder of photographs into a shard set: parallel, resumable after a kill, always the same bytes.
+
+The sources are cut into jobs by a rule that depends on them and the recipe alone; each job writes its shards
+(atomically) and then a small record of them. A rerun takes over finished jobs and makes the others again; the index
+comes last.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+
+from data.datasets import LAYOUTS, PairFiles, list_dataset
+from data.errors import DataError
+from data.frames import frame_sources
+from data.loader import main_not_imported_again
+from data.recipe import JobResult, Recipe, file_samples, window_samples
+from data.shards import INDEX, write_atomically, write_index, write_shard
+
+MANIFEST, RECORDS, LOCK = "manifest.json", ".records", ".lock"
+
+
+@dataclass
+class Prepared:
+    """What `prepare` did: folder, samples, shards, bytes; what was left out; jobs taken over from a killed run."""
+
+    root: Path
+    samples: int
+    shards: int
+    bytes: int
+    small: list[str]
+    refused: list[str]
+    bad: list[str]
+    reused_jobs: int
+
+
+# -- one job ----------------------------------------------------------------------------------------------------------
+
+
+def _up_to(samples: Iterator[tuple[str, dict]], first: tuple[str, dict], limit: int) -> Iterator[tuple[str, dict]]:
+    """`first` and what follows it until they hold `limit` bytes."""
+    held, sample = 0, first
+    while sample is not None:
+        yield sample
+        held += sum(map(len, sample[1].values()))
+        sample = next(samples, None) if held < limit else None
+
+
+def run_job(job: "Job") -> dict:
+    """Write the job's shards, then its record, and return the record."""
+    cv2.setNumThreads(0)
+    result = JobResult()
+
+    def samples() -> Iterator[tuple[str, dict]]:
+        make = file_samples if job.recipe.windows is None else window_samples
+        for source in job.sources:
+            if _stop is not None and _stop.is_set():
+                raise KeyboardInterrupt
+            yield from make(source, job.recipe, job.root, result)
+
+    stream = samples()
+    while (first := next(stream, None)) is not None:
+        path = job.out / f"{job.name}_{len(result.shards):03d}.tar"
+        result.shards.append(write_shard(path, _up_to(stream, first, job.recipe.shard_bytes)))
+    record = {"digest": job.digest, **asdict(result)}
+    write_atomically(job.record, json.dumps(record).encode())
+    return record
+
+
+@dataclass(frozen=True)
+class Job:
+    """Sources that one worker turns into shards `<name>_000.tar`, `<name>_001.tar`, …"""
+
+    name: str
+    sources: tuple
+    recipe: Recipe
+    root: Path
+    out: Path
+    digest: str
+
+    @property
+    def record(self) -> Path:
+        """File that says the job is done."""
+        return self.out / RECORDS / f"{self.name}.json"
+
+    def done(self) -> dict | None:
+        """The record of this very job if an earlier run finished it and its shards are still whole."""
+        try:
+            record = json.loads(self.record.read_bytes())
+            whole = all((self.out / s["name"]).stat().st_size == s["bytes"] for s in record["shards"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record if whole and record["digest"] == self.digest else None
+
+
+def _files_of(source: PairFiles | Path) -> tuple[Path, ...]:
+    if isinstance(source, PairFiles):
+        return source.files
+    return tuple(sorted(p for p in source.iterdir() if p.is_file())) if source.is_dir() else (source,)
+
+
+def _jobs(sources: Sequence, recipe: Recipe, root: Path, out: Path, prefix: str) -> list[Job]:
+    """Cut the sources, in order, into jobs of about `shard_bytes` of source files each."""
+    jobs: list[Job] = []
+    held: list = []
+    size, facts = 0, []
+
+    def finish() -> None:
+        nonlocal held, size, facts
+        text = json.dumps([asdict(recipe), facts], sort_keys=True, default=str)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        jobs.append(Job(f"{prefix}_{len(jobs):05d}", tuple(held), recipe, root, out, digest))
+        held, size, facts = [], 0, []
+
+    for source in sources:
+        held.append(source)
+        for path in _files_of(source):
+            status = path.stat()
+            size += status.st_size
+            facts.append([str(path.relative_to(root)), status.st_size, status.st_mtime_ns])
+        if size >= recipe.shard_bytes:
+            finish()
+    if held:
+        finish()
+    return jobs
+
+
+_stop = None
+
+
+def _init_worker(stop) -> None:
+    """A worker ignores Ctrl-C (the main process tells it to stop) and ends when its main process is gone."""
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run_all(jobs: list[Job], workers: int, done: Callable[[Job, dict], None]) -> None:
+    if workers == 1 or len(jobs) <= 1:
+        for job in jobs:
+            done(job, run_job(job))
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data.prepare"])
+    stop = context.Event()
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_init_worker, initargs=(stop,))
+    try:
+        with main_not_imported_again():
+            waiting = {pool.submit(run_job, job): job for job in jobs}
+        for future in as_completed(waiting):
+            done(waiting[future], future.result())
+    except BrokenProcessPool:
+        raise DataError("a worker was killed (out of memory?); run the same command again with fewer workers") from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+# -- the whole set ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    try:
+        lock = os.open(out / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise DataError(f"{out}: another `sharpprior prepare` is writing here; wait for it") from None
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _clear(out: Path, prefix: str, keep: Iterable[str]) -> None:
+    """Remove shards and leftovers of this prefix that are not in `keep`; nothing else in the folder is touched."""
+    kept = set(keep)
+    for path in out.iterdir():
+        ours = re.fullmatch(re.escape(prefix) + r"_\d{5}_\d{3}\.tar(\.tmp)?", path.name)
+        if ours and path.name not in kept:
+            path.unlink()
+
+
+def prepare(
+    sources: Sequence[PairFiles] | Sequence[Path],
+    root: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    prefix: str = "shard",
+    info: dict | None = None,
+    workers: int = 1,
+    max_bad_fraction: float = 0.0,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Prepared:
+    """Write `sources` (files below `root`) as a shard set into `out`; see Recipe. Returns what was done.
+
+    The shards depend on sources and recipe alone, not on workers or interruptions: after a kill, the same command goes
+    on and gives the same bytes. `progress(sources done, all)`. Raises DataError for bad sources above
+    `max_bad_fraction` (naming the first), for a folder that holds another set (unless `overwrite`), and for one that
+    cannot be written.
+    """
+    recipe, root, out = recipe or Recipe(), Path(root), Path(out)
+    if workers < 1 or not re.fullmatch(r"[0-9a-z_]{1,40}", prefix):
+        raise DataError(
+            f"workers {workers}, prefix {prefix!r}: 1 or more workers, a prefix of 1 to 40 of 0-9, a-z and _"
+        )
+    if not sources:
+        raise DataError(f"{root}: nothing to prepare")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
+    with _only_one(out):
+        jobs = _jobs(sources, recipe, root, out, prefix)
+        identity = hashlib.blake2b("".join(job.digest for job in jobs).encode(), digest_size=16).hexdigest()
+        _check_target(out, identity, overwrite)
+        (out / RECORDS).mkdir(exist_ok=True)
+        records = {job.name: record for job in jobs if (record := job.done())}
+        reused = len(records)
+        _clear(out, prefix, (shard["name"] for record in records.values() for shard in record["shards"]))
+        total, finished = len(sources), sum(len(job.sources) for job in jobs if job.name in records)
+
+        def done(job: Job, record: dict) -> None:
+            nonlocal finished
+            records[job.name] = record
+            finished += len(job.sources)
+            if progress:
+                progress(finished, total)
+
+        _run_all([job for job in jobs if job.name not in records], workers, done)
+        merged = _merge([records[job.name] for job in jobs])
+        if len(merged.bad) > max_bad_fraction * total:
+            raise DataError(
+                f"{len(merged.bad)} of {total} sources are bad, more than max_bad_fraction {max_bad_fraction} allows; "
+                f"the first: {merged.bad[0]}"
+            )
+        if not merged.shards:
+            reason = (
+                f"{len(merged.small)} smaller than min_size {recipe.min_size}, {len(merged.refused)} windows refused"
+            )
+            raise DataError(f"{root}: no samples were made of {total} sources ({reason})")
+        manifest = {**(info or {}), "identity": identity, "recipe": asdict(recipe), **asdict(merged)}
+        del manifest["shards"]
+        write_atomically(out / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+        write_index(out, merged.shards, info)
+        shutil.rmtree(out / RECORDS)
+    samples = sum(len(shard["keys"]) for shard in merged.shards)
+    size = sum(shard["bytes"] for shard in merged.shards)
+    return Prepared(out, samples, len(merged.shards), size, merged.small, merged.refused, merged.bad, reused)
+
+
+def _check_target(out: Path, identity: str, overwrite: bool) -> None:
+    """Refuse a folder that holds a finished set, unless it may be written over; remove its index and manifest then."""
+    if not (out / INDEX).exists():
+        return
+    if not overwrite:
+        found = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads((out / MANIFEST).read_bytes())["identity"]
+        if found == identity:
+            raise DataError(
+                f"{out}: holds this very set already; `sharpprior verify` proves it, --overwrite makes it anew"
+            )
+        raise DataError(f"{out}: holds another shard set; choose a new folder, or write over it with --overwrite")
+    try:
+        old = [shard["name"] for shard in json.loads((out / INDEX).read_bytes())["shards"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        old = []
+    # The index goes first: a set without one is unfinished, one with a wrong index would be torn.
+    (out / INDEX).unlink()
+    for name in old:
+        if Path(name).name == name and name.endswith(".tar"):
+            (out / name).unlink(missing_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)
+
+
+def _merge(records: Iterable[dict]) -> JobResult:
+    merged = JobResult()
+    for record in records:
+        for name in asdict(merged):
+            getattr(merged, name).extend(record[name])
+    return merged
+
+
+def prepare_dataset(
+    layout: str,
+    root: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    split: str | None = None,
+    variant: str | None = None,
+    partial: bool = False,
+    **options,
+) -> Prepared:
+    """`prepare` a dataset as released (`data.datasets.LAYOUTS`), or a folder of photographs, pairs or frames.
+
+    With `recipe.windows` set, `root` is read as frames instead: GOPRO_Large_all, a video, or a folder of either.
+    """
+    root = Path(root)
+    recipe = recipe or Recipe()
+    info = {"dataset": layout, "split": split or "", "variant": variant or ""}
+    if recipe.windows is not None:
+        base = root / split if split and (root / split).is_dir() else root
+        sources: Sequence = frame_sources(base)
+        base = base.parent if base.is_file() else base
+        licence = LAYOUTS[layout].licence if layout in LAYOUTS else "the user's"
+        return prepare(sources, base, out, recipe, info={**info, "licence": licence}, **options)
+    sources = list_dataset(layout, root, split=split, variant=variant, partial=partial)
+    known = LAYOUTS[layout]
+    info |= {"split": split or known.splits[0], "variant": variant or known.variants[0], "licence": known.licence}
+    return prepare(sources, root, out, recipe, info=info, **options)
