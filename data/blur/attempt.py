@@ -14,6 +14,7 @@ from data.blur.rng import stream
 from data.blur.rotation import Frame, reach_of
 from data.blur.severity import TIERS
 
+MIN_CROP = 8  # px: less than the smallest blur is no picture
 _RECIPE, _NOISE, _TIER = 0, 1, 2  # purposes of the random streams under a pair's seed
 
 
@@ -142,7 +143,9 @@ def _checked_box(photo: np.ndarray, box: tuple[int, int, int]) -> tuple[int, int
         raise ValueError(f"box {tuple(box)}: give whole numbers (top, left, size)")
     top, left, size = (int(v) for v in box)
     height, width = photo.shape[:2]
-    if size < 1 or top < 0 or left < 0 or top + size > height or left + size > width:
+    if size < MIN_CROP:
+        raise ValueError(f"box (top {top}, left {left}, size {size}): crops are {MIN_CROP} px or more")
+    if top < 0 or left < 0 or top + size > height or left + size > width:
         raise ValueError(
             f"box (top {top}, left {left}, size {size}) does not lie in the photo of {height}×{width} px:"
             " choose a smaller crop or drop the photo"

@@ -58,8 +58,7 @@ def background_of(window: np.ndarray, masks: np.ndarray, elsewhere: tuple[int, i
     # Grown a little, so that an object's own edge does not colour what is spread from the surroundings.
     seen = 1 - cv2.dilate(covered, np.ones((7, 7), np.uint8)).astype(np.float32) / 255
     # Painted only where an object is opaque: objects at rest before this background give the photograph, exactly.
-    opaque = (covered == 255).astype(np.float32)
-    painted = np.clip(2 * cv2.GaussianBlur(opaque, (5, 5), 1.0) - 1, 0, 1)
+    painted = covered == 255
     # Tone is smooth: found at a quarter of the resolution.
     height, width = covered.shape
     quarter = (max(width // 4, 1), max(height // 4, 1))
@@ -71,8 +70,7 @@ def background_of(window: np.ndarray, masks: np.ndarray, elsewhere: tuple[int, i
     coarse = cv2.resize(_smooth(moved, quarter), (width, height), interpolation=cv2.INTER_LINEAR)
     texture = np.clip(moved - coarse, -_TEXTURE, _TEXTURE)
     paint = cv2.resize(tone, (width, height), interpolation=cv2.INTER_LINEAR) + cv2.merge([texture] * 3)
-    mixed = light + (paint - light) * cv2.merge([painted] * 3)
-    return np.clip(mixed + 0.5, 0, 255).astype(np.uint8)
+    return np.where(painted[..., None], np.clip(paint + 0.5, 0, 255).astype(np.uint8), window)
 
 
 def layers_blur(light: np.ndarray, background: np.ndarray, motion: Layers) -> np.ndarray:

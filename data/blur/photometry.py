@@ -103,13 +103,13 @@ def inverse_response(curve: str, parameter: float, value: np.ndarray) -> np.ndar
             middle = (low + high) / 2
             below = (1 - parameter) * middle + parameter * middle * middle * (3 - 2 * middle) < v
             low, high = np.where(below, middle, low), np.where(below, high, middle)
-        v = (low + high) / 2
+        v = np.where(v <= 0, 0.0, np.where(v >= 1, 1.0, (low + high) / 2))
     elif curve != "srgb":
         raise ValueError(f"response curve {curve!r}: must be srgb, gamma, exponential or s_curve")
     return np.where(v <= 12.92 * 0.0031308, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=128)
 def response_curve(curve: str, parameter: float = 0.0) -> ResponseCurve:
     """Tables of a response curve; `decode` and `encode` of one curve give back every code exactly."""
     codes = inverse_response(curve, parameter, np.arange(256) / 255.0)

@@ -13,6 +13,8 @@ from data.blur.trajectory import gaussian_process_path
 # a streak has no gaps.
 _STEP = 1.5
 _POSES = (12, 192)
+# Most px by which the light of any pixel of a crop may come, on average, from beside the pixel.
+_SHIFT = 0.015
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Rotation:
 
     homographies [N, 3, 3] float64 map (column, row, 1) of an output pixel to where its light comes from, both counted
     from the crop's first pixel; weights [N] are shares of the exposure. kernel: the blur at the crop's centre.
-    margin: px the poses reach beyond the crop. extent: mean over the crop, extent_max: its largest, px.
+    margin: px the poses reach beyond the crop. extent: mean over the crop, extent_max: its largest, px. shift: largest
+    distance of a pixel's mean place over the exposure from the pixel itself, px.
     """
 
     homographies: np.ndarray
@@ -41,6 +44,7 @@ class Rotation:
     margin: int
     extent: float
     extent_max: float
+    shift: float
 
 
 def reach_of(extent: float) -> int:
@@ -52,39 +56,37 @@ def draw_rotation(rng: np.random.Generator, extent: float, frame: Frame) -> tupl
     """A random rotation whose extent, averaged over the crop, is `extent` px; and the parameters it was drawn with.
 
     The photo is taken for a part of a larger virtual frame, so that the principal point may lie outside it, as it does
-    for a tile of a photograph. Focal length: f₀·2^U(−1, 2) with f₀ the virtual frame's longer side.
+    for a tile of a photograph. Focal length: f₀·2^U(−1, 2) with f₀ the virtual frame's longer side, longer where an
+    extent asks for it.
     """
-    for _ in range(16):
-        motion, details = _draw_rotation(rng, extent, frame)
-        if motion.margin <= reach_of(extent):
-            return motion, details
-    # So wild a sequence has not been seen; a pure pan through a long lens always fits.
-    pan = np.linspace([0.0, 0.0, 0.0], [0.0, 1.0, 0.0], 257)
-    focal, centre = 16.0 * frame.size, np.full(2, frame.size / 2)
-    return rotation_of(pan, focal, centre, frame.size, extent), {"focal_length": focal}
-
-
-def _draw_rotation(rng: np.random.Generator, extent: float, frame: Frame) -> tuple[Rotation, dict[str, float]]:
     enlarge = 2.0 ** rng.uniform(0.0, 1.5)
     rows, columns = enlarge * frame.height, enlarge * frame.width
-    centre = np.array(
+    principal = np.array(
         [
             columns / 2 - rng.uniform(0.0, columns - frame.width) - frame.left,
             rows / 2 - rng.uniform(0.0, rows - frame.height) - frame.top,
         ]
     )
-    focal = max(rows, columns) * 2.0 ** rng.uniform(-1.0, 2.0)
+    focal = float(max(rows, columns) * 2.0 ** rng.uniform(-1.0, 2.0))
     length, anisotropy, angle = rng.uniform(0.15, 0.8), rng.uniform(0.3, 1.0), rng.uniform(0.0, 2.0 * math.pi)
     tilt = gaussian_process_path(rng, length, anisotropy, angle)
-    # Roll moves the crop's edge as many px, in proportion, as tilt moves the whole crop.
-    roll = gaussian_process_path(rng, length, 1.0, 0.0)[:, :1] * rng.uniform(0.0, 2.0) * focal / frame.size
-    motion = rotation_of(np.concatenate([tilt, roll], axis=1), focal, centre, frame.size, extent)
-    details = {"focal_length": float(focal), "principal_x": float(centre[0]), "principal_y": float(centre[1])}
+    roll = gaussian_process_path(rng, length, 1.0, 0.0)[:, :1] * rng.uniform(0.0, 2.0)
+    for _ in range(24):
+        # Roll moves the crop's edge as many px, in proportion, as tilt moves the whole crop.
+        angles = np.concatenate([tilt, roll * (focal / frame.size)], axis=1)
+        motion = rotation_of(angles, focal, principal, frame.size, extent)
+        if motion.shift <= _SHIFT and motion.margin <= reach_of(extent):
+            break
+        # So wide a view bends the paths of a large blur until no ground truth is centred on all: take a longer lens.
+        focal *= 1.5
+    assert motion.shift <= _SHIFT
+    assert motion.margin <= reach_of(extent)
+    details = {"focal_length": focal, "principal_x": float(principal[0]), "principal_y": float(principal[1])}
     return motion, {**details, "correlation_length": length, "poses": len(motion.weights)}
 
 
 def rotation_of(
-    angles: np.ndarray, focal: float, principal: np.ndarray, size: int, extent: float, tolerance: float = 1e-6
+    angles: np.ndarray, focal: float, principal: np.ndarray, size: int, extent: float, tolerance: float = 1e-4
 ) -> Rotation:
     """The rotation with axis-angle path ∝ angles [T, 3] (x, y, z), uniform in time, scaled to an extent in px.
 
@@ -100,7 +102,7 @@ def rotation_of(
     count = None
     for _ in range(12):
         homographies, weights, count = _even_poses(angles * scale, focal, principal, grid, count)
-        homographies = _recentred(homographies, weights, size)
+        homographies = _recentred(homographies, weights, grid)
         extents = _extents(homographies, grid)
         if abs(extents.mean() / extent - 1) < tolerance:
             break
@@ -111,7 +113,8 @@ def rotation_of(
     reach = _apply(homographies, corners)
     margin = math.ceil(max(-reach.min(), reach.max() - (size - 1), 0.0)) + 1
     kernel = _weighted_kernel(-travelled[:, ::-1], weights)
-    return Rotation(homographies, weights, kernel, margin, float(extents.mean()), float(extents.max()))
+    shift = float(np.abs(np.tensordot(weights, _apply(homographies, grid), axes=1) - grid).max())
+    return Rotation(homographies, weights, kernel, margin, float(extents.mean()), float(extents.max()), shift)
 
 
 def rotate_blur(window: np.ndarray, motion: Rotation) -> np.ndarray:
@@ -128,7 +131,7 @@ def rotate_blur(window: np.ndarray, motion: Rotation) -> np.ndarray:
 
 
 def _grid(size: int) -> np.ndarray:
-    at = np.linspace(0, size - 1, 5)
+    at = np.linspace(0, max(size - 1, 15), 5)  # a grid of some width even for a crop of one px
     return np.stack(np.meshgrid(at, at), axis=-1).reshape(-1, 2)
 
 
@@ -169,12 +172,11 @@ def _even_poses(
     return _poses(chosen, focal, principal), np.diff(edges), count
 
 
-def _recentred(homographies: np.ndarray, weights: np.ndarray, size: int) -> np.ndarray:
+def _recentred(homographies: np.ndarray, weights: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """The poses after one common homography that makes the mean over the exposure of every pixel's place the pixel."""
-    corners = np.array([[0, 0], [size - 1, 0], [size - 1, size - 1], [0, size - 1]], np.float64)
-    for _ in range(3):
-        mean = np.tensordot(weights, _apply(homographies, corners), axes=1)
-        back = cv2.getPerspectiveTransform(mean.astype(np.float32), corners.astype(np.float32))
+    for _ in range(2):
+        mean = np.tensordot(weights, _apply(homographies, grid), axes=1)
+        back, _ = cv2.findHomography(mean, grid, 0)
         homographies = homographies @ back
     return homographies
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.blur.kernel import centroid_of, convolve_valid, kernel_of_path
 from data.blur.generators import draw_path
+from data.blur.kernel import centroid_of, convolve_valid, kernel_of_path
 from data.blur.rng import sample_rng
 from data.blur.trajectory import densify, extent_of, gaussian_process_path, scale_to_extent
 
