@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -100,6 +101,8 @@ class Engine:
         from deepspeed.utils import logger as deepspeed_logger
 
         deepspeed_logger.setLevel(logging.WARNING)
+        # DeepSpeed still calls collectives by names that newer torch versions announce to drop: not the user's to mend.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
         gpu = torch.cuda.is_available()
         if not gpu:
             # It only speeds up collectives inside a node, and needs a compiler at run time.
@@ -216,7 +219,7 @@ class Engine:
 def zero3_gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
     """Whole parameters inside the block under ZeRO-3 (collective); nothing to do otherwise."""
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        return GatheredParameters(parameters)
+        return deepspeed.zero.GatheredParameters(parameters)
     return contextlib.nullcontext()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 
 import torch
 
 from train.engine import Engine
 from train.schedule import learning_rates
+from train.signals import StopRequest
 from train.task import DeblurTask
 
 MAX_BAD_STEPS = 3
@@ -20,23 +19,6 @@ MAX_BAD_STEPS = 3
 
 class TrainingDiverged(ValueError):
     """The loss was not finite too often; carries the keys of this rank's batch."""
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM become a flag that is looked at between steps; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def install(self) -> None:
-        """Take over the signals (main thread only)."""
-        signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 @dataclass

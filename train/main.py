@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before other packages called `train` or `data`
 
 from train.config_file import load_config
+from train.signals import StopRequest
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -31,25 +32,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace) -> None:
+    stop = StopRequest()
+    stop.install()
     config = load_config(args.config, args.set)
 
     # Imported here, so that a wrong key is told in a second.
     from train.dry_run import dry_run
     from train.engine import Engine
-    from train.loop import BadSteps, StopRequest, training_step
+    from train.loop import BadSteps, training_step
     from train.session import Session
 
     if args.dry_run:
         return dry_run(config, args.ranks)
 
-    stop = StopRequest()
-    stop.install()
     engine = Engine(config)
     with Session(config, engine, resume=args.resume, init=args.init) as run:
         step, steps = run.step, config.train.steps
         if step == 0:
             run.evaluate(step)
         loader, bad = run.loader(), BadSteps()
+        stop.training = True
         while step < steps:
             result = training_step(engine, run.task, loader, step, stop)
             step += 1

@@ -17,7 +17,7 @@ def bootstrap_mean_interval(
     """
     if not len(values) or len(values) != len(clusters):
         raise ValueError(f"{len(values)} values with {len(clusters)} clusters: expected as many, and at least one")
-    names, member = np.unique(np.asarray(clusters), return_inverse=True)
+    names, member = np.unique(np.asarray(list(clusters)), return_inverse=True)
     if len(names) < 2:
         return float("nan"), float("nan")
     sums = np.bincount(member, weights=np.asarray(values, np.float64))

@@ -1,0 +1,141 @@
+"""Whole training runs: what they write, that they resume exactly, that ranks and ZeRO stages change nothing."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from train.checkpoint import damage
+
+LONG = {"train__steps": 12, "train__distill_steps": 4, "checkpoint__every": 6}
+
+
+def test_a_run_leaves_everything_that_it_promises(runs, unbroken):
+    folder = runs.folder(unbroken)
+    for name in ("config.yaml", "log.txt", "metrics.jsonl", "report.md", "panel.png", "curve.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert list((folder / "tensorboard").iterdir())
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "best", "latest", "step-00000006", "step-00000012",
+    ]  # fmt: skip
+    assert (folder / "checkpoints" / "latest").read_text() == "step-00000012\n"
+    assert list(runs.losses(unbroken)) == list(range(1, 13))
+    report = (folder / "report.md").read_text()
+    for tier in ("identity", "mild", "moderate", "severe", "extreme"):
+        assert f"| {tier} | 4 |" in report
+    assert "prior at the start" in report
+    assert Image.open(folder / "panel.png").size == (3 * 64 + 4 * 6, 2 * (64 + 22 + 6) + 6)
+
+
+def test_a_fresh_run_starts_as_the_identity(runs, unbroken):
+    first = next(record for record in runs.records(unbroken) if record["step"] == 0)
+    assert all(abs(row["gain"]) < 1e-9 for row in first["tiers"])
+
+
+def test_distill_steps_train_the_student_alone(runs, unbroken):
+    records = {record["step"]: record for record in runs.records(unbroken) if "loss" in record}
+    assert "pixel" not in records[4]
+    assert "pixel" in records[5]
+    assert all("structure" in record for record in records.values())
+
+
+def test_interrupted_and_resumed_losses_are_bit_identical_to_the_unbroken_ones(runs, unbroken):
+    process = runs.start("broken", **LONG)
+    metrics = runs.folder("broken") / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "go on with --resume auto" in " ".join(out.split())
+    stopped = max(runs.losses("broken"))
+    assert 3 <= stopped < 12
+    assert (
+        json.loads((runs.folder("broken") / f"checkpoints/step-{stopped:08d}/run.json").read_text())["step"] == stopped
+    )
+    out, _ = runs.run("broken", "--resume", "auto", **LONG)
+    assert f"at step {stopped} of 12" in " ".join(out.split())
+    assert runs.losses("broken") == runs.losses(unbroken)
+    assert_same_weights(runs, "broken", unbroken, 12, tolerance=0)
+
+
+def assert_same_weights(runs, one: str, two: str, step: int, tolerance: float) -> None:
+    paths = [runs.folder(name) / f"checkpoints/step-{step:08d}/model.safetensors" for name in (one, two)]
+    a, b = (load_file(path) for path in paths)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(runs, unbroken):
+    folder = runs.folder("damaged")
+    shutil.copytree(runs.folder(unbroken), folder)
+    victim = folder / "checkpoints/step-00000012/model.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(bytes(content))
+    (folder / "checkpoints/step-00000013.tmp").mkdir()
+    out, _ = runs.run("damaged", "--resume", "auto", **LONG)
+    out = " ".join(out.split())
+    assert "damaged checkpoint, not used" in out
+    assert "at step 6 of 12" in out
+    assert runs.losses("damaged") == runs.losses(unbroken)
+    assert damage(folder / "checkpoints/step-00000012") is None
+
+
+@pytest.fixture(scope="session")
+def one_process(runs) -> str:
+    """The reference of the ranks: 6 steps in one process without ZeRO, in two micro-batches."""
+    runs.run("one", train__steps=6, train__distill_steps=2, checkpoint__every=3)
+    return "one"
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_two_ranks_under_zero_have_the_losses_of_one_process(runs, one_process, zero):
+    name = f"zero{zero}"
+    settings = {"train__steps": 6, "train__distill_steps": 2, "checkpoint__every": 3, "engine__zero": zero}
+    runs.run(name, ranks=2, **settings)
+    expected, found = runs.losses(one_process), runs.losses(name)
+    assert found.keys() == expected.keys()
+    for step in expected:
+        assert found[step] == pytest.approx(expected[step], abs=1e-4), step
+    assert_same_weights(runs, name, one_process, 6, tolerance=2e-3)
+    one, two = (
+        next(r for r in runs.records(n) if r["step"] == 6 and "tiers" in r)["tiers"] for n in (one_process, name)
+    )
+    assert [row["pairs"] for row in one] == [row["pairs"] for row in two]
+    for a, b in zip(one, two, strict=True):
+        assert a["restored_psnr"] == pytest.approx(b["restored_psnr"], abs=0.02)
+
+
+def test_zero_3_on_two_ranks_resumes_bit_identically(runs, one_process):
+    settings = {"train__steps": 6, "train__distill_steps": 2, "checkpoint__every": 3, "engine__zero": 3}
+    if not runs.folder("zero3").exists():
+        runs.run("zero3", ranks=2, **settings)
+    before = runs.losses("zero3")
+    folder = runs.folder("zero3again")
+    shutil.copytree(runs.folder("zero3"), folder)
+    shutil.rmtree(folder / "checkpoints/step-00000006")
+    runs.run("zero3again", "--resume", "auto", ranks=2, **settings)
+    assert runs.losses("zero3again") == before
+    assert_same_weights(runs, "zero3again", "zero3", 6, tolerance=0)
+
+
+def test_accumulation_changes_nothing(runs, one_process):
+    runs.run("accumulated", train__steps=6, train__distill_steps=2, train__accumulation=2, checkpoint__every=3)
+    expected, found = runs.losses(one_process), runs.losses("accumulated")
+    for step in expected:
+        assert found[step] == pytest.approx(expected[step], abs=1e-4), step
+
+
+def test_bf16_autocast_trains(runs):
+    runs.run("bf16", train__steps=2, engine__precision="bf16", engine__zero=2, data__workers=0)
+    assert all(0 < loss < 2 for loss in runs.losses("bf16").values())
