@@ -1,5 +1,6 @@
 """What both operations share: argument checks, dtype rule, implementation choice, device guard, index width."""
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -114,3 +115,37 @@ def pixel_strides(tensor: Tensor) -> tuple[int, int, int]:
     """Strides of batch, channel and flattened pixel of a plane (see as_plane)."""
     pixel = tensor.stride(3) if tensor.shape[3] > 1 else tensor.stride(2)
     return tensor.stride(0), tensor.stride(1), pixel
+
+
+def needs_int64(*maps: Tensor) -> bool:
+    """Whether an element offset inside one sample of a map can pass 2^31 − 1 once tiles are padded to 512 pixels."""
+    return any(_extent(tensor) > 2**31 - 1 for tensor in maps)
+
+
+def _extent(tensor: Tensor) -> int:
+    _, channels, pixels = tensor.shape
+    padded = (max(channels, 512) - 1) * tensor.stride(1) + (pixels + 512) * tensor.stride(2)
+    return padded
+
+
+def splits_over_pixels(pixels: int, batch: int, block: int) -> tuple[int, int]:
+    """(splits, blocks in each) of a reduction over pixels: at least 4 blocks a program, at most about 1024 programs.
+
+    A function of the shape alone, so a result repeats bitwise whatever the device is doing.
+    """
+    blocks = -(-pixels // block)
+    steps = max(4, -(-blocks * batch // 1024))
+    steps = min(steps, blocks)
+    return -(-blocks // steps), steps
+
+
+def device_guard(tensor: Tensor):
+    """Makes the tensor's GPU current for a launch; nothing on a CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def target_architecture() -> int | str:
+    """Compute capability × 10 (80, 90, 100) or gfx name of the current GPU, or of the compiler lane's target."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_target().arch

