@@ -131,6 +131,8 @@ def build_deblurrer(
     Raises ValueError naming the setting, and the nearest known name where a name is unknown.
     """
     settings = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
+    if not isinstance(settings.get("name"), str):
+        raise ValueError(f"backbone needs a name ({', '.join(BACKBONES)}), got {settings}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_backbone(**settings)

@@ -42,7 +42,7 @@ def summarize(model: nn.Module, size: tuple[int, int] = (256, 256)) -> Summary:
     with FakeTensorMode(), torch.no_grad():
         twin = _fake_copy(model).eval()
         with FlopCounterMode(display=False, depth=None, custom_mapping=FORMULAS) as counter:
-            twin(torch.empty(1, 3, *size))
+            twin(torch.empty(1, 3, *size, device="cpu"))
     counts = counter.get_flop_counts()
     root = type(twin).__name__
     parts = {}
@@ -60,7 +60,7 @@ def _fake_copy(model: nn.Module) -> nn.Module:
     """Copy the structure with fake CPU tensors in place of the weights; called under a FakeTensorMode."""
     memo = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        twin = torch.empty(tensor.shape, dtype=tensor.dtype)
+        twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
     return copy.deepcopy(model, memo)
 

@@ -1,0 +1,176 @@
+"""The deblurrer: a plugged-in prior changes nothing at first, every parameter learns, every size works."""
+
+import pytest
+import torch
+
+from model.deblurrer import Deblurrer, build_deblurrer
+from model.padding import pad_to_multiple
+
+SMALL = {"name": "unet", "width": 8, "blocks": [1, 1, 1], "patch": 2}
+OPTIONS = {"backbone": SMALL, "teacher_weights": "random", "fusion_width": 16, "spe_dim": 8, "spe_groups": 2}
+
+
+def small(**changes) -> Deblurrer:
+    return build_deblurrer(**(OPTIONS | changes))
+
+
+def perturb(model: torch.nn.Module, keys: str = "") -> None:
+    """Move every parameter a little, so that what starts at zero is alive."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if keys in name:
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+
+def image(*size: int) -> torch.Tensor:
+    return torch.rand(*size, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_new_prior_leaves_the_backbone_as_it_was_to_the_bit():
+    model = small()
+    perturb(model.backbone)
+    plain = Deblurrer(model.backbone)
+    x = image(2, 3, 64, 96)
+    assert set(model.spe) == set(model.backbone.embed_points)
+    assert torch.equal(model(x).restored[-1], plain(x).restored[-1])
+    perturb(model.spe, "scale")
+    assert not torch.equal(model(x).restored[-1], plain(x).restored[-1])
+
+
+def test_a_new_network_returns_its_input():
+    x = image(1, 3, 50, 70)
+    torch.testing.assert_close(small()(x).restored[-1], x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("student", [None, "resnet18"])
+def test_gradients_reach_every_parameter(student, residual):
+    options = {"student": student, "student_weights": "random"} if student else {"residual_prior": residual}
+    model = small(**options)
+    perturb(model)
+    model(image(2, 3, 64, 64)).restored[-1].square().mean().backward()
+    # The first level's attention over one level only, and so on, must not hide a dead branch.
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert dead == []
+
+
+def test_the_distill_stage_trains_the_prior_alone():
+    model = small()
+    perturb(model)
+    result = model(image(1, 3, 64, 64), prior_only=True)
+    assert result.restored == ()
+    sum(r.square().mean() for r in result.prior).backward()
+    assert all(p.grad is not None for p in model.prior.parameters())
+    assert all(p.grad is None for p in (*model.backbone.parameters(), *model.spe.parameters()))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 47), (1, 1), (5, 200), (33, 31)])
+def test_any_size_comes_back_at_its_size(size):
+    model = small()
+    perturb(model)
+    restored, prior = model(image(1, 3, *size))
+    assert restored[-1].shape[-2:] == size
+    assert [tuple(r.shape[-2:]) for r in prior] == [tuple(-(-n // s) for n in size) for s in (4, 8, 16, 32)]
+
+
+def test_padding_is_invisible_to_a_full_size_image():
+    """Cropping an image whose missing part is its own mirror gives the padded computation, to the bit."""
+    model = small()
+    perturb(model)
+    odd = image(1, 3, 50, 60)
+    padded = pad_to_multiple(odd, model.multiple)
+    assert padded.shape[-2:] == (64, 64)
+    assert torch.equal(padded[..., 50, :60], odd[..., 48, :])
+    assert torch.equal(model(padded).restored[-1][..., :50, :60], model(odd).restored[-1])
+
+
+def test_a_plain_backbone_has_no_prior_and_named_points_are_the_only_ones():
+    plain = small(prior=False)
+    assert plain.prior is None
+    assert len(plain.spe) == 0
+    assert plain(image(1, 3, 33, 40)).prior is None
+    assert plain.multiple == 8
+    assert list(small(spe_points=["bottleneck"]).spe) == ["bottleneck"]
+    assert len(small(spe_points=[]).spe) == 0
+
+
+def test_weights_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    first = small(seed=7).state_dict()
+    torch.manual_seed(2)
+    expected = torch.rand(1)
+    torch.manual_seed(2)
+    second = small(seed=7).state_dict()
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+    assert not torch.equal(small(seed=8).backbone.enter.weight, first["backbone.enter.weight"])
+
+
+def test_the_student_starts_from_the_teacher_s_weights_and_features():
+    from model.teacher import Teacher
+    from train.losses import CrossLevelFeatureLoss
+
+    teacher, model = Teacher(), build_deblurrer(backbone=SMALL, fusion_width=16)
+    x = image(2, 3, 64, 64)
+    features = teacher(x)
+    loss = CrossLevelFeatureLoss(teacher.channels)
+    loss.calibrate([features])
+    model.calibrate(loss.statistics, [x])
+    for r, t in zip(model(x).prior, features, strict=True):
+        torch.testing.assert_close(r, t, rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_travels_in_the_state_dict():
+    from model.statistics import FeatureStatistics
+
+    model, other = small(), small()
+    statistics = FeatureStatistics(model.prior.channels)
+    statistics.update([5 + 3 * image(2, c, 4, 4) for c in model.prior.channels])
+    statistics.freeze()
+    model.calibrate(statistics, [image(2, 3, 64, 64)])
+    other.load_state_dict(model.state_dict())
+    assert other.prior.statistics.calibrated
+    assert other.prior.student_statistics.calibrated
+    x = image(1, 3, 64, 64)
+    perturb(model)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(x).restored[-1], other(x).restored[-1])
+
+
+def test_the_meta_device_needs_no_weights():
+    with torch.device("meta"):
+        model = small(teacher_weights="nowhere.pth")
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert model.state_dict().keys() == small().state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"backbone": "unett"}, "unknown backbone 'unett': did you mean unet"),
+        ({"backbone": {"name": "unet", "widht": 8}}, "did you mean width"),
+        ({"backbone": {"name": "unet", "blocks": [1]}}, "two or more levels"),
+        ({"backbone": {"name": "unet", "width": "wide"}}, "unet"),
+        ({"backbone": {"width": 8}}, "backbone needs a name"),
+        ({"spe_points": ["botleneck"]}, "did you mean bottleneck"),
+        ({"spe_heads": 5}, "5 heads do not divide the 16 channels of embed point decoder2"),
+        ({"teacher": "resnt18"}, "did you mean resnet18"),
+        ({"student": "resnet18", "student_weights": "random", "residual_prior": True}, "leave residual out"),
+        ({"student_batch_norm": "froze"}, "did you mean frozen"),
+    ],
+)
+def test_wrong_settings_are_one_line_with_the_way_out(changes, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        small(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_is_no_rgb_batch_is_refused():
+    for bad in (torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32)):
+        with pytest.raises(ValueError, match="RGB batch"):
+            small(prior=False)(bad)
+    with pytest.raises(ValueError, match="empty"):
+        small(prior=False)(torch.zeros(1, 3, 0, 32))
+    with pytest.raises(ValueError, match="nothing to distill"):
+        small(prior=False)(image(1, 3, 32, 32), prior_only=True)
