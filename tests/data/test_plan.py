@@ -75,6 +75,8 @@ def test_window_bounds_the_shards_that_are_open_at_once():
         samples = [plan.slot(p).sample for p in range(window * 30, window * 30 + 30)]
         assert len({sample // 10 for sample in samples}) == 3
         assert samples != sorted(samples)
+    first_windows = [{plan.slot(p).sample // 10 for p in range(e * 120, e * 120 + 30)} for e in range(6)]
+    assert len({frozenset(shards) for shards in first_windows}) > 1  # other shards meet in every epoch
 
 
 @settings(max_examples=80, deadline=None)

@@ -25,7 +25,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, root: Path) -> None:
         self.root, self.cuts, self.stalls, self.ranges, self.pause = root, 0, 0, True, 0.0
         self.asked: list[str] = []
-        self.lock = threading.Lock()
+        self.lock, self.over = threading.Lock(), threading.Event()
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
@@ -67,7 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2])
             self.wfile.flush()
             if not cut:
-                time.sleep(1.5)
+                self.server.over.wait(60)
             self.close_connection = True
             return
         self.wfile.write(data)
@@ -80,6 +80,7 @@ def server(make_set):
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     yield server
+    server.over.set()
     server.shutdown()
     server.server_close()
 

@@ -59,6 +59,12 @@ def test_bad_keys_are_refused(tmp_path, key):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_repeated_keys_are_refused_inside_a_shard(tmp_path):
+    with pytest.raises(DataError, match="'same' comes twice"):
+        write_shard(tmp_path / "a.tar", [("same", {"jpg": JPG}), ("same", {"jpg": JPG})])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_repeated_keys_are_refused_across_shards(tmp_path):
     records = [write_shard(tmp_path / name, [("same", {"jpg": JPG})]) for name in ("a.tar", "b.tar")]
     with pytest.raises(DataError, match="'same' comes twice"):
