@@ -46,7 +46,7 @@ class UNet(nn.Module):
     correction): blur keeps means, so a constant image comes back exactly, and the network cannot learn a tint from a
     few photographs that harms every other one. Bias-free networks: Mohan et al., ICLR 2020, for denoising.
 
-    Receptive field: `receptive_field` px; 264 px with the defaults, which covers a motion of 130 px to either side.
+    Receptive field: `receptive_field` px; 268 px with the defaults, which covers a motion of 130 px to either side.
     `embed_points` {name: (channels, stride)}: `bottleneck` and every decoder level but the first; `embed(name,
     feature)` is called there, before the level's blocks.
     """
@@ -76,10 +76,22 @@ class UNet(nn.Module):
 
     @property
     def receptive_field(self) -> int:
-        """Width in px of the square of input that can change one output pixel (an upper bound over its positions)."""
-        twice = [2 * n for n in self.blocks[:-1]] + [self.blocks[-1]]
-        cells = [2 * n * stride for n, stride in zip(twice, self.strides, strict=True)]
-        return 2 * (sum(cells) + 2 * self.patch) + self.strides[-1]
+        """Width in px of the input that can change one output pixel, at the position where it is widest.
+
+        Followed backwards along the path through the bottleneck; the mean colour, which sees every pixel, is left out.
+        """
+        return max(self._reach(pixel) for pixel in range(self.stride_multiple))
+
+    def _reach(self, pixel: int) -> int:
+        first = last = pixel // self.patch
+        grow = 1  # of the leaving convolution, in cells to either side
+        for blocks in self.blocks[:-1]:
+            first, last = (first - grow - 2 * blocks) // 2, (last + grow + 2 * blocks) // 2
+            grow = 0
+        first, last = first - 2 * self.blocks[-1], last + 2 * self.blocks[-1]
+        for blocks in reversed(self.blocks[:-1]):
+            first, last = 2 * first - 2 * blocks, 2 * last + 1 + 2 * blocks
+        return self.patch * (last - first + 3)  # the entering convolution, and both ends counted
 
     def forward(
         self, x: torch.Tensor, embed: Callable[[str, torch.Tensor], torch.Tensor] = identity

@@ -69,6 +69,14 @@ def test_levels_have_the_announced_channels_and_ceil_sizes(which, size, request)
     assert [tuple(f.shape) for f in features] == expected
 
 
+@pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224", "mambaout_femto"])
+def test_other_families_give_the_same_pyramid_and_their_classes(name):
+    net = Teacher(name, weights="random")
+    odd, even = net(torch.rand(1, 3, 70, 45)), torch.rand(1, 3, 64, 64)
+    assert [tuple(f.shape[1:]) for f in odd] == list(zip(net.channels, (18, 9, 5, 3), (12, 6, 3, 2), strict=True))
+    torch.testing.assert_close(net.logits(net(even)[-1]), net.encoder.net(net.encoder.preprocess(even)))
+
+
 def test_fewer_levels_are_the_shallow_ones(teacher):
     x = torch.rand(1, 3, 64, 64)
     two = Teacher(levels=2)

@@ -1,0 +1,75 @@
+"""Saved models: an exact round trip, whole files or none, and errors that name what does not fit."""
+
+import pytest
+import torch
+
+from model.deblurrer import build_deblurrer
+from model.pretrained import load_config, load_pretrained, load_state, save_pretrained
+
+PLAIN = {"backbone": {"name": "unet", "width": 4, "blocks": [1, 1]}, "prior": False}
+WHOLE = {"backbone": {"name": "unet", "width": 8, "blocks": [1, 1, 1]}, "teacher_weights": "random", "fusion_width": 8}
+
+
+@pytest.mark.parametrize("options", [PLAIN, WHOLE])
+def test_a_saved_model_restores_to_the_bit(options, tmp_path):
+    model, other = build_deblurrer(**options, seed=1), build_deblurrer(**options, seed=2, read_weights=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    config = {"name": "näme", "model": {"blocks": [1, 1]}}
+    save_pretrained(tmp_path / "new" / "run", model.state_dict(), config)
+    assert load_config(tmp_path / "new" / "run") == config
+    load_pretrained(other, tmp_path / "new" / "run")
+    x = torch.rand(1, 3, 40, 50)
+    assert torch.equal(model.eval()(x).restored[-1], other.eval()(x).restored[-1])
+    assert [f.name for f in sorted((tmp_path / "new" / "run").iterdir())] == ["config.yaml", "model.safetensors"]
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(tmp_path):
+    model = build_deblurrer(**PLAIN)
+    state = model.state_dict()
+    before = {k: v.clone() for k, v in state.items()}
+    changed = {k: v + 1 for k, v in state.items() if k != "backbone.leave.weight"}
+    save_pretrained(tmp_path, changed | {"backbone.extra": torch.ones(1)}, {})
+    with pytest.raises(
+        ValueError, match=r"missing backbone\.leave\.weight; unexpected backbone\.extra: build"
+    ) as caught:
+        load_pretrained(model, tmp_path)
+    assert "\n" not in str(caught.value)
+    save_pretrained(tmp_path, {k: v[:1] if "enter" in k else v for k, v in state.items()}, {})
+    with pytest.raises(ValueError, match=r"backbone\.enter\.weight \(\[1, 12, 3, 3\], not \[4, 12, 3, 3\]\)"):
+        load_pretrained(model, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_absent_and_damaged_files_are_one_line_each(tmp_path):
+    for read in (load_config, load_state):
+        with pytest.raises(ValueError, match="is absent"):
+            read(tmp_path)
+    save_pretrained(tmp_path, build_deblurrer(**PLAIN).state_dict(), {"a": 1})
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.yaml"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    config.write_text("a: [1\n")
+    for read, words in ((load_state, "is damaged"), (load_config, "cannot be read")):
+        with pytest.raises(ValueError, match=words) as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)
+    config.write_text("just words\n")
+    with pytest.raises(ValueError, match="mapping of settings"):
+        load_config(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_model(tmp_path):
+    model = build_deblurrer(**PLAIN)
+    save_pretrained(tmp_path, model.state_dict(), {"version": 1})
+    with pytest.raises(Exception, match="represent"):
+        save_pretrained(tmp_path, model.state_dict(), {"version": object()})
+    assert load_config(tmp_path) == {"version": 1}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write the model"):
+        save_pretrained(tmp_path / "file" / "run", {}, {})
