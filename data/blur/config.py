@@ -205,7 +205,7 @@ class BlurConfig(_Section):
     tiers: TiersConfig = TiersConfig()
     """Severity tiers."""
     generators: GeneratorsConfig = GeneratorsConfig(
-        gaussian_process=0.50, boracchi_foi=0.10, linear=0.06, arc=0.06, accelerated=0.06, rotation=0.12, layers=0.10
+        gaussian_process=0.52, boracchi_foi=0.10, linear=0.06, arc=0.06, accelerated=0.06, rotation=0.10, layers=0.10
     )
     """Blur generators."""
     photometry: PhotometryConfig = PhotometryConfig()

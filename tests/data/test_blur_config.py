@@ -28,7 +28,7 @@ def test_the_defaults_are_the_severe_mix():
     assert config.tiers.severe.share == 0.45
     assert config.tiers.extreme.extent == (80, 160)
     assert config.tiers.identity.share == 0.04
-    assert config.generators.gaussian_process == 0.5
+    assert config.generators.gaussian_process == 0.52
     assert config.photometry.jpeg.quality == (60, 98)
     assert config.device == "cpu"
 

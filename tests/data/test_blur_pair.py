@@ -87,17 +87,12 @@ def test_ground_truth_is_the_crop_itself_and_meta_is_json(photo):
     assert not np.shares_memory(pair.sharp, photo)
 
 
-def test_flip_mirrors_sharp_and_blurry_together(photo):
-    box = (60, 80, 128)
-    pair = synthesize_pair(photo, box, sample_rng(1, 2, "a", 3), quiet(), tier="moderate", flip=True)
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_flip_gives_the_pair_of_the_mirrored_photo(photo, generator):
+    config, mirrored = quiet(generators={generator: 1}), np.ascontiguousarray(photo[:, ::-1])
+    pair = synthesize_pair(photo, (60, 80, 128), sample_rng(1, 2, "a", 3), config, tier="moderate", flip=True)
     assert np.array_equal(pair.sharp, photo[60:188, 80:208][:, ::-1])
-    same = synthesize_pair(
-        np.ascontiguousarray(photo[:, ::-1]),
-        (60, 500 - 80 - 128, 128),
-        sample_rng(1, 2, "a", 3),
-        quiet(),
-        tier="moderate",
-    )
+    same = synthesize_pair(mirrored, (60, 500 - 80 - 128, 128), sample_rng(1, 2, "a", 3), config, tier="moderate")
     assert np.array_equal(pair.blurry, same.blurry)
 
 
