@@ -124,8 +124,8 @@ def window_samples(source: Path, recipe: Recipe, root: Path, result: JobResult) 
             for number, (top, left, rows, columns) in enumerate(tile_boxes(height, width, recipe.tile)):
                 area = slice(top, top + rows), slice(left, left + columns)
                 facts = {
-                    "source": name, "first_frame": window.first, "level": window.level, "sub_steps": window.steps,
-                    "path_px": round(window.path, 2), "box": [top, left, rows, columns],
+                    "source": name, "first_frame": window.first, "level": window.level, "subframes": window.subframes,
+                    "extent_px": round(window.extent, 2), "box": [top, left, rows, columns],
                 }  # fmt: skip
                 members = {f"{role}.png": encode_png(getattr(window, role)[area]) for role in ("sharp", "blurry")}
                 members["json"] = json.dumps(facts, sort_keys=True).encode()
