@@ -18,7 +18,7 @@ from data.crops import CropPlan
 from data.errors import DataError
 from data.plan import Plan, Share
 from data.shards import ShardSet
-from data.stream import PAIRED, Sources, make_pair, pair_pipeline
+from data.stream import PAIRED, Sources, make_pair, pair_pipeline, render_deferred
 
 log = logging.getLogger("sharpprior.data")
 
@@ -30,6 +30,8 @@ class PairLoader:
     size px), crop (number of the box), flip, epoch, source, position, extent (px), input_psnr (dB) [B];
     samples_consumed: the state to save once the optimizer has used the batch. With `accumulation` a, a batches make a
     step. `sets` are shard sets (or paths); `max_bad_fraction` is the part of a set's samples that may be unreadable.
+    `device` renders the blur there, batch by batch, instead of in the workers, which then only decode and draw; the
+    pairs are the same up to rounding and blurry and sharp are on that device. `attach(batch)` runs in the worker.
     `loader.wait_s` and `loader.pairs` count the seconds spent waiting and the pairs delivered.
 
     Never pass it to `accelerator.prepare`: it is sharded already. Raises DataError for bad data, one line each.
@@ -58,6 +60,7 @@ class PairLoader:
         margin: int = 80,
         max_bad_fraction: float = 0.0,
         pin_memory: bool = False,
+        device: torch.device | str | None = None,
         attach: Callable[[dict], None] | None = None,
     ) -> None:
         if not 0 <= max_bad_fraction < 1 or workers < 0 or start < 0 or prefetch < 1:
@@ -83,7 +86,7 @@ class PairLoader:
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.wait_s, self.pairs = 0.0, 0
         self.bad: dict[str, set[str]] = {}
-        self.max_bad_fraction = max_bad_fraction
+        self.max_bad_fraction, self.device = max_bad_fraction, device
         self._bad_samples: set[tuple[int, int]] = set()
         self.pipeline = pair_pipeline(
             Sources(self.sets, max_bad_fraction),
@@ -93,6 +96,7 @@ class PairLoader:
             self.share,
             start=start,
             batches=batches,
+            defer=device is not None,
             attach=attach,
         )
 
@@ -126,7 +130,9 @@ class PairLoader:
             return iter(self.pipeline), lambda: None
         # A fork server: forking this process, with its OpenMP, CUDA and gloo threads, can hang the child.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data.loader"])
+        # Only what is not ours: the server does not know our import path (Python < 3.14), and a package called `data`
+        # elsewhere would be taken for ours in every worker.
+        context.set_forkserver_preload(["torch", "cv2", "webdataset", "pydantic"])
         loader = DataLoader(
             self.pipeline,
             batch_size=None,
@@ -144,6 +150,8 @@ class PairLoader:
     def _finish(self, batch: dict, number: int) -> dict:
         for source, sample, message in batch.pop("bad"):
             self._count_bad(source, sample, message)
+        if "deferred" in batch:
+            batch = render_deferred(batch, self.device)
         for name in ("box", "crop", "flip", "epoch", "source", "position", "extent", "input_psnr"):
             batch[name] = torch.from_numpy(batch[name])
         steps = number // self.share.accumulation

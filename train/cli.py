@@ -110,7 +110,7 @@ def preview(
     """Contact sheet of synthesized pairs: sharp, blurry, kernel, extent, PSNR."""
     from rich.console import Console
 
-    from data.preview import preview_pairs, write_contact_sheet, write_page
+    from data.preview import preview_pairs, write_contact_sheet, write_html_page
     from train.config import Config
     from train.config_file import load_config, override
     from train.sources import BUNDLED
@@ -120,7 +120,7 @@ def preview(
     settings = load_config(config, set_ or []) if config else override(Config(), set_ or [])
     pairs = preview_pairs(shards or str(BUNDLED / "train"), settings.blur, count=count, crop=crop, seed=seed)
     if out.suffix.lower() == ".html":
-        write_page(out, pairs)
+        write_html_page(out, pairs)
     else:
         write_contact_sheet(out, pairs)
     Console().print(f"{len(pairs)} pairs: {out}", markup=False, soft_wrap=True)
