@@ -163,7 +163,7 @@ def _run_all(jobs: list[Job], workers: int, done: Callable[[Job, dict], None]) -
             done(job, run_job(job))
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data.prepare"])
+    context.set_forkserver_preload(["torch", "cv2", "webdataset", "pydantic"])  # nothing of ours: see data.loader
     stop = context.Event()
     pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_init_worker, initargs=(stop,))
     try:

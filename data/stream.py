@@ -15,13 +15,15 @@ import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
-from data.blur import BlurConfig, sample_rng, synthesize_pair
+from data.blur import BlurConfig, draw_attempt, plan_pair, sample_rng, synthesize_pair
+from data.blur.batched import pairs_of_plans
 from data.crops import Crop, CropPlan
 from data.errors import DataError
 from data.image import decode_image, psnr
 from data.plan import Plan, Share, Slot
 from data.shards import ShardSet
 
+_MEASURED = ("tier", "extent", "generator", "input_psnr")
 PAIRED = "paired"  # tier and generator of pairs that were recorded, not synthesized
 
 
@@ -95,13 +97,17 @@ class PlannedBatches:
 
 @dataclass
 class MakePairs:
-    """Stage: a list of slots becomes a list of pairs (dicts); photographs that neighbours share are decoded once."""
+    """Stage: a list of slots becomes a list of pairs (dicts); photographs that neighbours share are decoded once.
+
+    `defer` leaves the pixels of synthesized pairs to `render_deferred` in the main process: a pair is a plan then.
+    """
 
     sources: Sources
     plan: Plan
     crops: CropPlan
     blur: BlurConfig
     seed: int
+    defer: bool = False
     replacements: int = 64
 
     def __call__(self, lists: Iterable[list[Slot]]) -> Iterator[list[dict]]:
@@ -150,40 +156,61 @@ class MakePairs:
         visit = slot.epoch * self.plan.crops_per_decode + slot.crop
         crop = self.crops.visit(key, *sharp.shape[:2], visit)
         rng = sample_rng(self.seed, slot.epoch, key, slot.crop)
+        facts = {"key": key, "image": shards.image_id(sample), "crop": crop, "slot": slot}
         try:
+            if self.defer and blurry is None:
+                plan = plan_pair(sharp, crop.box, rng.bytes(16).hex(), self.blur, flip=crop.flip)
+                return facts | {"plan": plan, "attempt": draw_attempt(plan, 0)}
             blurry, sharp, _, meta = make_pair(sharp, blurry, crop, rng, self.blur)
         except ValueError as error:
             raise DataError(f"{shards.name(sample)}: {error}") from None
-        return {
-            "blurry": blurry,
-            "sharp": sharp,
-            "key": key,
-            "image": shards.image_id(sample),
-            "crop": crop,
-            "slot": slot,
-        } | {name: meta[name] for name in ("tier", "extent", "generator", "input_psnr")}
+        return facts | {"blurry": blurry, "sharp": sharp} | {name: meta[name] for name in _MEASURED}
 
 
 def collate(pairs: list[dict]) -> dict:
-    """One batch of pairs: images as uint8 [B, 3, S, S] tensors, numbers as arrays [B], names as lists."""
+    """One batch of pairs: images as uint8 [B, 3, S, S] tensors, numbers as arrays [B], names as lists.
 
-    def images(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.stack([pair[name].transpose(2, 0, 1) for pair in pairs]))
-
+    Pairs that wait for their pixels stay a list, "deferred".
+    """
     crops, slots = [pair["crop"] for pair in pairs], [pair["slot"] for pair in pairs]
-    return {
-        "blurry": images("blurry"),
-        "sharp": images("sharp"),
-        **{name: [pair[name] for pair in pairs] for name in ("key", "image", "tier", "generator")},
+    batch = {
+        **{name: [pair[name] for pair in pairs] for name in ("key", "image")},
         "box": np.array([crop.box for crop in crops], np.int64),
         "crop": np.array([crop.number for crop in crops], np.int64),
         "flip": np.array([crop.flip for crop in crops], bool),
         "epoch": np.array([slot.epoch for slot in slots], np.int64),
         "source": np.array([slot.source for slot in slots], np.int64),
         "position": np.array([slot.position for slot in slots], np.int64),
-        **{name: np.array([pair[name] for pair in pairs], np.float32) for name in ("extent", "input_psnr")},
         "bad": pairs[0]["bad"],
     }
+    if any("plan" in pair for pair in pairs):
+        kept = ("plan", "attempt", "blurry", "sharp", *_MEASURED)
+        return batch | {"deferred": [{name: pair[name] for name in kept if name in pair} for pair in pairs]}
+    images = {
+        name: torch.from_numpy(np.stack([pair[name].transpose(2, 0, 1) for pair in pairs]))
+        for name in ("blurry", "sharp")
+    }
+    return batch | images | _measured(pairs)
+
+
+def _measured(pairs: list[dict]) -> dict:
+    return {name: [pair[name] for pair in pairs] for name in ("tier", "generator")} | {
+        name: np.array([pair[name] for pair in pairs], np.float32) for name in ("extent", "input_psnr")
+    }
+
+
+def render_deferred(batch: dict, device: torch.device | str) -> dict:
+    """The batch with its images, uint8 [B, 3, S, S] on `device`: plans rendered, recorded pairs copied."""
+    pairs = batch.pop("deferred")
+    waiting = [pair for pair in pairs if "plan" in pair]
+    made = pairs_of_plans([pair["plan"] for pair in waiting], device, [pair["attempt"] for pair in waiting])
+    for pair, rendered in zip(waiting, made, strict=True):
+        pair |= {"blurry": rendered.blurry, "sharp": rendered.sharp} | {name: rendered.meta[name] for name in _MEASURED}
+    images = {
+        name: torch.stack([torch.as_tensor(pair[name]).to(device) for pair in pairs]).permute(0, 3, 1, 2).contiguous()
+        for name in ("blurry", "sharp")
+    }
+    return batch | images | _measured(pairs)
 
 
 @dataclass
@@ -217,12 +244,13 @@ def pair_pipeline(
     *,
     start: int = 0,
     batches: int | None = None,
+    defer: bool = False,
     attach: Callable[[dict], None] | None = None,
 ) -> wds.DataPipeline:
     """The stream of one rank as a webdataset pipeline of micro-batches; `data.loader.PairLoader` runs it in workers."""
     return wds.DataPipeline(
         PlannedBatches(plan, share, start, batches),
-        MakePairs(sources, plan, crops, blur, plan.seed),
+        MakePairs(sources, plan, crops, blur, plan.seed, defer),
         Collate(attach),
         failures_as_batches,
     )

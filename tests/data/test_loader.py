@@ -138,6 +138,25 @@ def test_weighted_sources_mix_in_one_stream(make_set):
     assert_same(merged([list(loader(roots, batches=8, rank=rank, world=2)) for rank in range(2)]), batches)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pairs_rendered_on_a_device_are_the_workers_pairs_up_to_rounding(make_set, workers):
+    roots = [make_set([3], name="a", prefix="a"), make_set([2], name="b", prefix="b", kind="pairs")]
+    # JPEG rounds a difference of 1 code to another block; everything else must agree to the last code or the next.
+    blur = BlurConfig(photometry={"jpeg": {"probability": 0}})
+    options = {"crop": 32, "global_batch": 4, "seed": 3, "batches": 4, "margin": 8, "workers": workers}
+    expected, found = (list(PairLoader(roots, blur, **options, device=device)) for device in (None, "cpu"))
+    assert len(found) == len(expected) == 4
+    for a, b in zip(expected, found, strict=True):
+        assert set(a) == set(b)
+        assert torch.equal(a["sharp"], b["sharp"])
+        assert (a["blurry"].int() - b["blurry"].int()).abs().max() <= 1
+        for name in (*NAMES, "samples_consumed"):
+            assert a[name] == b[name]
+        for name in ("box", "crop", "flip", "extent"):
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(a["input_psnr"], b["input_psnr"], rtol=0, atol=0.05)
+
+
 def test_pipeline_is_a_webdataset_pipeline(make_set):
     assert isinstance(loader(make_set()).pipeline, wds.DataPipeline)
 

@@ -67,7 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2])
             self.wfile.flush()
             if not cut:
-                self.server.over.wait(60)
+                self.server.over.wait(600)
             self.close_connection = True
             return
         self.wfile.write(data)
