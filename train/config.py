@@ -1,4 +1,4 @@
-"""The typed configuration: what a YAML file may say, with units, ranges and defaults. `train/config_file.py` reads it."""
+"""The typed configuration: what a YAML file may say, with units and defaults; `train/config_file.py` reads it."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class CheckpointSection(Section):
 
 class EvalSection(Section):
     every: int = Field(default=500, ge=0)
-    """Steps between evaluations, beside the one before the first step and the one after the last; 0: only those."""
+    """Steps between evaluations, beside those before the first step and after the last; 0: only those."""
     crop: int = Field(default=256, ge=32)
     """Side of a validation crop, px."""
     per_tier: int = Field(default=2, ge=1)

@@ -1,4 +1,4 @@
-"""`--dry-run`: validate everything a run needs, count what it costs, and show the plan; nothing is trained or written."""
+"""`--dry-run`: validate all that a run needs, count what it costs, show the plan; nothing is trained or written."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from train.task import DeblurTask
 MAX_BAD_STEPS = 3
 
 
-class TrainingDiverged(ValueError):
+class DivergedError(ValueError):
     """The loss was not finite too often; carries the keys of this rank's batch."""
 
 
@@ -92,7 +92,7 @@ def zero_loss(engine: Engine, task: DeblurTask, batch: dict, distill: bool) -> t
     black = {**batch, "blurry": torch.zeros_like(batch["blurry"]), "sharp": torch.zeros_like(batch["sharp"])}
     loss, _ = task.losses(engine.forward, black, distill=distill, autocast=engine.autocast())
     if not torch.isfinite(loss):
-        raise TrainingDiverged(
+        raise DivergedError(
             "the weights themselves are not finite: the run diverged; resume the last checkpoint with a lower optim.lr"
         )
     return loss * 0.0
@@ -105,10 +105,10 @@ class BadSteps:
         self.count = 0
 
     def check(self, step: int, result: StepResult) -> bool:
-        """Whether the step was bad. TrainingDiverged at the third in a row."""
+        """Whether the step was bad. DivergedError at the third in a row."""
         self.count = 0 if result.finite else self.count + 1
         if self.count >= MAX_BAD_STEPS:
-            raise TrainingDiverged(
+            raise DivergedError(
                 f"the loss was not finite in {self.count} steps in a row, the last is step {step}: lower optim.lr, or "
                 f"look at the batch's samples: {', '.join(result.keys[:16])}"
             )

@@ -1,4 +1,4 @@
-"""Photographs as files: 8 or 16 bit, grey or colour, with or without alpha; what a camera wrote beside the pixels stays."""
+"""Photographs as files: 8 or 16 bit, grey or colour, with or without alpha; EXIF and colour profile stay."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ def tile_starts(size: int, tile: int) -> list[int]:
 
 
 def tile_window(start: int, starts: list[int], tile: int, size: int) -> torch.Tensor:
-    """Weights [min(tile, size)] of a tile along one side: 1 in its middle, half a cosine down over what it shares with a
-    neighbour. A border of the image has no ramp."""
+    """Weights [min(tile, size)] of a tile along one side: 1 in its middle, half a cosine down over what it shares
+    with a neighbour. A border of the image has no ramp."""
     length = min(tile, size)
     window = torch.ones(length)
     place = starts.index(start)

@@ -46,10 +46,15 @@ def test_weights_come_back_bit_for_bit_also_after_an_error():
             parameter.add_(1.0)
     ema.update()
     kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with pytest.raises(RuntimeError, match="inside"), ema.in_place_of_weights():
-        assert torch.equal(module[2].weight, ema.averages["2.weight"])
-        assert not torch.equal(module[2].weight, kept["2.weight"])
-        raise RuntimeError("inside")
+
+    def fail_inside():
+        with ema.in_place_of_weights():
+            assert torch.equal(module[2].weight, ema.averages["2.weight"])
+            assert not torch.equal(module[2].weight, kept["2.weight"])
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, kept[name])
 

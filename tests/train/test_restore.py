@@ -1,5 +1,7 @@
 """Restoration of files: any size, any depth, nothing lost, no seams."""
 
+from itertools import pairwise
+
 import cv2
 import numpy as np
 import pytest
@@ -51,12 +53,12 @@ def test_windows_sum_to_1_and_neighbours_share_a_quarter(size, tile):
     starts = tile_starts(size, tile)
     assert starts[0] == 0
     assert starts[-1] == size - tile
-    assert all(a + tile - b >= tile // 4 - 1 for a, b in zip(starts, starts[1:], strict=False))
+    assert all(a + tile - b >= tile // 4 - 1 for a, b in pairwise(starts))
     total = torch.zeros(size)
     for start in starts:
         total[start : start + tile] += tile_window(start, starts, tile, size)
     assert total.min() > 0.2  # restore_image divides by it
-    if all(a + 2 * (b - a) >= a + tile for a, b in zip(starts, starts[1:], strict=False)):  # at most two share a pixel
+    if all(a + 2 * (b - a) >= a + tile for a, b in pairwise(starts)):  # at most two share a pixel
         torch.testing.assert_close(total, torch.ones(size))
 
 
@@ -156,13 +158,10 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("absent.png", "no such file"), ("text.png", "does not decode"), ("out.xyz", "unknown kind")]
-)
+@pytest.mark.parametrize(("name", "words"), [("absent.png", "no such file"), ("text.png", "does not decode")])
 def test_errors_name_the_file(name, words, tmp_path):
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(PictureError, match=words) as caught:
-        if name == "out.xyz":
-            write_picture(tmp_path / name, Picture(np.zeros((4, 4, 3), np.float32)))
+    with pytest.raises(PictureError, match=rf"{name}: {words}"):
         read_picture(tmp_path / name)
-    assert name in str(caught.value)
+    with pytest.raises(PictureError, match=r"out\.xyz: unknown kind"):
+        write_picture(tmp_path / "out.xyz", Picture(np.zeros((4, 4, 3), np.float32)))

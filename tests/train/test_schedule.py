@@ -1,5 +1,7 @@
 """Learning rates as functions of the step."""
 
+from itertools import pairwise
+
 import pytest
 
 from train.config import Config
@@ -12,7 +14,7 @@ def test_warm_up_rises_to_the_peak_and_the_cosine_ends_at_its_final_value():
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == factors[10] == pytest.approx(1.0)
     assert factors[99] == pytest.approx(0.05)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
     assert factors[10 + 89 // 2] == pytest.approx((1 + 0.05) / 2, abs=0.02)
 
 
