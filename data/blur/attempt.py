@@ -42,7 +42,7 @@ class Attempt:
     """One drawn blur of a plan and the pixels it needs.
 
     window [S + 2m, S + 2m, 3] uint8, m = recipe.margin; background: the same without the moving objects, or None;
-    noise [S, S, 3] uint16: quantile numbers for `photometry.normal_quantiles`; padded: most px reflected at a side.
+    noise [3, S, S] uint16: quantile numbers for `photometry.normal_quantiles`; padded: most px reflected at a side.
     """
 
     number: int
@@ -92,7 +92,7 @@ def draw_attempt(plan: PairPlan, number: int) -> Attempt:
     background = None
     if isinstance(recipe.motion, Layers):
         background = background_of(window, recipe.motion.masks, recipe.motion.elsewhere)
-    noise = camera.noise_indices(stream(key, number, _NOISE), (plan.frame.size, plan.frame.size, 3))
+    noise = camera.noise_indices(stream(key, number, _NOISE), (3, plan.frame.size, plan.frame.size))
     return Attempt(number, recipe, window, background, noise, padded)
 
 

@@ -63,7 +63,7 @@ def render_batch(attempts: Sequence[Attempt], device: torch.device | str) -> tor
     shot = _column([[p.shot] for p in photometry], device) * gains
     read = (_column([[p.read] for p in photometry], device) * gains) ** 2
     noise = torch.from_numpy(np.stack([attempt.noise for attempt in attempts])).to(device)
-    deviates = torch.from_numpy(camera.normal_quantiles()).to(device)[noise.int()]  # [B, S, S, 3]
+    deviates = torch.from_numpy(camera.normal_quantiles()).to(device)[noise.permute(0, 2, 3, 1).int()]  # [B, S, S, 3]
     light = light + deviates * torch.sqrt(light * shot[:, None, None] + read[:, None, None])
     codes = _encode(light, photometry)
     chosen = [i for i, p in enumerate(photometry) if p.jpeg_quality is not None]
@@ -75,7 +75,7 @@ def render_batch(attempts: Sequence[Attempt], device: torch.device | str) -> tor
 @torch.no_grad()
 def blurred_light_batch(attempts: Sequence[Attempt], device: torch.device | str) -> torch.Tensor:
     """Linear light [B, S, S, 3] float32 that reaches the sensor, clipped to its white, before noise."""
-    size = attempts[0].noise.shape[0]
+    size = attempts[0].noise.shape[-1]
     device = torch.device(device)
     result = torch.empty(len(attempts), size, size, 3, device=device)
     uniform = [i for i, attempt in enumerate(attempts) if not isinstance(attempt.recipe.motion, Rotation)]

@@ -73,20 +73,19 @@ def background_of(window: np.ndarray, masks: np.ndarray, elsewhere: tuple[int, i
     return np.where(painted[..., None], np.clip(paint + 0.5, 0, 255).astype(np.uint8), window)
 
 
-def layers_blur(light: np.ndarray, background: np.ndarray, motion: Layers) -> np.ndarray:
-    """Blurred scene [S, S, 3] of light and background [S + 2m, S + 2m, 3] float32 linear light.
+def layers_blur(planes: Sequence[np.ndarray], background: Sequence[np.ndarray], motion: Layers) -> list[np.ndarray]:
+    """Blurred scene, planes [S, S], of the light and the background, planes [S + 2m, S + 2m] float32 linear light.
 
     Colour is weighted by opacity before it is blurred, so no object takes in a rim of what lies around it.
     """
-    planes = cv2.split(light)
-    scene = convolve_planes(_trimmed(cv2.split(background), motion.margin, motion.kernels[0]), motion.kernels[0])
+    scene = convolve_planes(_trimmed(background, motion.margin, motion.kernels[0]), motion.kernels[0])
     for mask, kernel in zip(motion.masks, motion.kernels[1:], strict=True):
         opacity = mask.astype(np.float32) / np.float32(255)
         weighted = [plane * opacity for plane in planes]
         *colour, cover = convolve_planes(_trimmed([*weighted, opacity], motion.margin, kernel), kernel)
         clear = 1 - cover
         scene = [behind * clear + before for behind, before in zip(scene, colour, strict=True)]
-    return cv2.merge(scene)
+    return scene
 
 
 def _trimmed(planes: Sequence[np.ndarray], margin: int, kernel: np.ndarray) -> list[np.ndarray]:

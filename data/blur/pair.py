@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import cv2
 import numpy as np
 
 from data.blur import photometry as camera
 from data.blur.attempt import Attempt, PairPlan, attempts_of, draw_attempt, plan_pair, psnr_miss, sharp_crop
 from data.blur.config import BlurConfig
-from data.blur.kernel import convolve_valid
+from data.blur.kernel import convolve_planes
 from data.blur.layers import Layers, layers_blur
 from data.blur.photometry import Photometry
 from data.blur.rotation import Rotation, rotate_blur
@@ -124,20 +125,18 @@ def render(attempt: Attempt) -> np.ndarray:
     return camera.finish(blurred_light(attempt), photometry, attempt.noise, curve)
 
 
-def blurred_light(attempt: Attempt) -> np.ndarray:
-    """Linear light [S, S, 3] float32 that reaches the sensor, clipped to its white, before noise."""
-    recipe, photometry = attempt.recipe, attempt.recipe.photometry
+def blurred_light(attempt: Attempt) -> list[np.ndarray]:
+    """Linear light that reaches the sensor, clipped once to its white, before noise: planes R, G, B [S, S] float32."""
+    motion, photometry = attempt.recipe.motion, attempt.recipe.photometry
     curve = camera.response_curve(photometry.curve, photometry.curve_parameter)
-
-    def scene(codes: np.ndarray) -> np.ndarray:
-        return camera.boost_highlights(camera.decode(codes, curve), codes, photometry.highlight_boost)
-
-    light = scene(attempt.window)
-    if isinstance(recipe.motion, Rotation):
-        light = rotate_blur(light, recipe.motion)
-    elif isinstance(recipe.motion, Layers):
+    planes = camera.scene_light(attempt.window, curve, photometry.highlight_boost)
+    if isinstance(motion, Rotation):
+        planes = cv2.split(rotate_blur(cv2.merge(planes), motion))
+    elif isinstance(motion, Layers):
         assert attempt.background is not None
-        light = layers_blur(light, scene(attempt.background), recipe.motion)
+        background = camera.scene_light(attempt.background, curve, photometry.highlight_boost)
+        planes = layers_blur(planes, background, motion)
     else:
-        light = convolve_valid(light, recipe.motion)
-    return camera.clip_light(light, camera.white_of(attempt.window, curve))
+        planes = convolve_planes(planes, motion)
+    white = camera.white_of(attempt.window, curve)
+    return [np.clip(plane, np.float32(0), level) for plane, level in zip(planes, white, strict=True)]

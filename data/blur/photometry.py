@@ -1,6 +1,7 @@
 """What a camera does to light: response curves, highlights, clipping, sensor noise, quantisation, JPEG."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -125,23 +126,25 @@ def decode(codes: np.ndarray, curve: ResponseCurve) -> np.ndarray:
 
 def encode(linear: np.ndarray, curve: ResponseCurve) -> np.ndarray:
     """uint8 codes of float32 linear light, same shape; below 0 and above 1 saturate. The one quantisation there is."""
-    root = cv2.sqrt(np.clip(linear, 0.0, 1.0)).reshape(linear.shape)
+    root = np.sqrt(np.clip(linear, np.float32(0), np.float32(1)))
     return curve.to_code.take((root * np.float32(_ENTRIES) + np.float32(0.5)).astype(np.uint16))
 
 
-def boost_highlights(linear: np.ndarray, codes: np.ndarray, boost: float) -> np.ndarray:
-    """Give pixels near white back the light that clipping took: L·(1 + boost·m), in place; returns `linear`.
+def scene_light(codes: np.ndarray, curve: ResponseCurve, boost: float) -> list[np.ndarray]:
+    """Scene light of a photograph, as planes R, G, B [H, W] float32, from its codes [H, W, 3] uint8.
 
-    m rises smoothly from 0 to 1 as the brightest channel's display value goes from .92 to 1.
-    linear [H, W, 3] float32, codes [H, W, 3] uint8 of the same pixels.
+    Pixels near white get back the light that clipping took: L·(1 + boost·m), where m rises smoothly from 0 to 1 as the
+    brightest channel's display value goes from .92 to 1. Planes, because each then stays in a core's cache.
     """
+    channels = cv2.split(codes)
+    planes = [cv2.LUT(channel, curve.to_linear).reshape(channel.shape) for channel in channels]
     if boost <= 0:
-        return linear
-    brightest = cv2.max(cv2.max(codes[..., 0], codes[..., 1]), codes[..., 2])
+        return planes
+    brightest = cv2.max(cv2.max(channels[0], channels[1]), channels[2])
     if brightest.max() <= int(HIGHLIGHT_FROM * 255):
-        return linear
+        return planes
     gain = cv2.LUT(brightest, 1 + np.float32(boost) * highlight_table())
-    return cv2.multiply(linear, cv2.merge([gain, gain, gain]), dst=linear)
+    return [plane * gain for plane in planes]
 
 
 @lru_cache(maxsize=1)
@@ -160,24 +163,15 @@ def white_of(codes: np.ndarray, curve: ResponseCurve) -> np.ndarray:
     return curve.to_linear[brightest.reshape(-1)]
 
 
-def clip_light(linear: np.ndarray, white: np.ndarray) -> np.ndarray:
-    """Light [H, W, 3] clipped to [0, white], in place: the sensor saturates once, after the blur."""
-    cv2.max(linear, 0.0, dst=linear)
-    return cv2.min(linear, (*(float(v) for v in white), 0.0), dst=linear)
-
-
-def add_sensor_noise(linear: np.ndarray, photometry: Photometry, noise: np.ndarray) -> np.ndarray:
-    """Shot and read noise of a sensor behind white balance: light [H, W, 3] float32, noise indices uint16 → light.
+def add_sensor_noise(plane: np.ndarray, gain: float, photometry: Photometry, noise: np.ndarray) -> np.ndarray:
+    """Shot and read noise of a sensor behind a white-balance gain: light and noise indices [H, W] → light float32.
 
     On the sensor x = L/gain the deviation is √(shot·x + read²); the gain then multiplies light and noise alike.
     """
     if photometry.shot <= 0 and photometry.read <= 0:
-        return linear
-    gains = photometry.gains
-    # Per-channel factors go through OpenCV: numpy's inner loop over 3 channels is ten times slower.
-    variance = cv2.multiply(linear, (*(photometry.shot * g for g in gains), 0.0))
-    variance = cv2.add(variance, (*((photometry.read * g) ** 2 for g in gains), 0.0))
-    return cv2.scaleAdd(cv2.multiply(normal_quantiles().take(noise), cv2.sqrt(variance)), 1.0, linear)
+        return plane
+    variance = plane * np.float32(photometry.shot * gain) + np.float32((photometry.read * gain) ** 2)
+    return plane + normal_quantiles().take(noise) * np.sqrt(variance)
 
 
 def noise_indices(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -206,9 +200,13 @@ def jpeg(codes: np.ndarray, quality: int) -> np.ndarray:
     return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
-def finish(linear: np.ndarray, photometry: Photometry, noise: np.ndarray, curve: ResponseCurve) -> np.ndarray:
-    """Clipped light [H, W, 3] float32 → the blurry photograph uint8: noise, response, 8 bits, JPEG."""
-    codes = encode(add_sensor_noise(linear, photometry, noise), curve)
+def finish(planes: Sequence[np.ndarray], photometry: Photometry, noise: np.ndarray, curve: ResponseCurve) -> np.ndarray:
+    """The blurry photograph [H, W, 3] uint8 of clipped light, planes [H, W] float32: noise, response, 8 bits, JPEG."""
+    noisy = (
+        add_sensor_noise(plane, gain, photometry, some)
+        for plane, gain, some in zip(planes, photometry.gains, noise, strict=True)
+    )
+    codes = cv2.merge([encode(plane, curve) for plane in noisy])
     return codes if photometry.jpeg_quality is None else jpeg(codes, photometry.jpeg_quality)
 
 

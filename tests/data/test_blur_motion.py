@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from data.blur import BlurConfig, sample_rng, synthesize_pair
 from data.blur.generators import draw_layers
 from data.blur.kernel import IDENTITY, centroid_of
-from data.blur.layers import Layers, background_of, blob_mask, layers_blur
+from data.blur.layers import Layers, background_of, blob_mask
+from data.blur.layers import layers_blur as blur_planes
 from data.blur.rotation import Frame, _apply, draw_rotation, reach_of, rotate_blur, rotation_of
 
 SIZE = 128
@@ -87,6 +88,11 @@ def test_blob_masks_lie_in_the_crop_and_are_soft():
         assert 50 <= rows.mean() <= 150
         assert 50 <= columns.mean() <= 150
         assert len(np.unique(mask)) > 10
+
+
+def layers_blur(light: np.ndarray, background: np.ndarray, motion: Layers) -> np.ndarray:
+    """The function under test, on interleaved pictures."""
+    return np.stack(blur_planes(list(light.transpose(2, 0, 1)), list(background.transpose(2, 0, 1)), motion), axis=-1)
 
 
 def scene(seed: int, side: int) -> np.ndarray:
