@@ -20,6 +20,11 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
+def is_image(name: str) -> bool:
+    """Whether a file name or a member's extension (jpg, sharp.png) says image."""
+    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
 def exif_orientation(data: bytes) -> int:
     """EXIF orientation 1..8 of an encoded image; 1 where none is recorded."""
     # JPEG keeps EXIF in the first segments, PNG and WebP in a chunk that may come last.

@@ -110,11 +110,9 @@ class PairLoader:
                 try:
                     batch = next(iterator, None)
                 except RuntimeError as error:
-                    if "worker" in str(error) and "exited" in str(error):
-                        raise RuntimeError(
-                            f"a loader worker died (out of memory?): {error}; lower data.workers"
-                        ) from None
-                    raise
+                    if "DataLoader worker" not in str(error):
+                        raise
+                    raise DataError(f"a loader worker died (out of memory?): {error}; lower data.workers") from None
                 self.wait_s += time.perf_counter() - waited
                 if batch is None:
                     return

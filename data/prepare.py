@@ -256,7 +256,10 @@ def prepare(
             if progress:
                 progress(finished, total)
 
-        _run_all([job for job in jobs if job.name not in records], workers, done)
+        try:
+            _run_all([job for job in jobs if job.name not in records], workers, done)
+        except OSError as error:
+            raise DataError(f"{out}: {error.strerror or error}; free space, then run the same command again") from None
         merged = _merge([records[job.name] for job in jobs])
         if len(merged.bad) > max_bad_fraction * total:
             raise DataError(

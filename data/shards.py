@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import DataError
-from data.image import IMAGE_SUFFIXES, image_size
+from data.image import image_size, is_image
 
 FORMAT, VERSION = "sharpprior-shards", 1
 INDEX = "index.json"
@@ -64,11 +64,7 @@ def _check_sample(key: str, members: Mapping[str, bytes]) -> None:
 
 
 def _sample_size(key: str, members: Mapping[str, bytes]) -> tuple[int, int]:
-    sizes = {
-        ext: image_size(data, f"sample {key}.{ext}")
-        for ext, data in members.items()
-        if ext.split(".")[-1] in IMAGE_SUFFIXES
-    }
+    sizes = {ext: image_size(data, f"sample {key}.{ext}") for ext, data in members.items() if is_image(ext)}
     if not sizes:
         raise DataError(f"sample {key}: no image among its members {sorted(members)}; add a jpg or png")
     if len(set(sizes.values())) > 1:
@@ -212,6 +208,8 @@ class Shard:
         }
         sizes = (np.array(record[name], np.int32) for name in ("heights", "widths"))
         shard = cls(record["name"], record["bytes"], record["sha256"], tuple(record["keys"]), *sizes, members)
+        if os.path.basename(shard.name) != shard.name:
+            raise ValueError(f"shard name {shard.name!r} leaves the folder")
         columns = [shard.heights, shard.widths, *members.values()]
         if any(len(column) != len(shard.keys) for column in columns):
             raise ValueError(f"columns of {shard.name} differ in length")
@@ -253,9 +251,14 @@ class ShardSet:
         self.root = index.parent
         if not path.exists():
             raise DataError(f"{path}: no such data; give the folder of a shard set (made by `sharpprior prepare`)")
+        if path.is_file() and path != index:
+            raise DataError(f"{path}: a file; give the folder of the shard set")
         if not index.is_file():
             raise DataError(f"{path}: no {INDEX} here; make it with `sharpprior index {path}`")
-        return index.read_bytes()
+        try:
+            return index.read_bytes()
+        except OSError as error:
+            raise DataError(f"{index}: cannot be read ({error.strerror}); mend its permissions") from None
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -334,8 +337,9 @@ class ShardSet:
 
     def image_member(self, number: int, role: str | None = None) -> str:
         """Extension of the image of sample `number`: of a role ("sharp", "blurry") in a pair."""
-        for ext in self.extensions(number):
-            if ext.split(".")[-1] in IMAGE_SUFFIXES and (role is None or ext.startswith(role + ".")):
+        # A plain jpg comes before a mask.png that foreign tars may hold beside it.
+        for ext in sorted(self.extensions(number), key=lambda ext: "." in ext):
+            if is_image(ext) and (role is None or ext.startswith(role + ".")):
                 return ext
         raise DataError(f"{self.name(number)}: no {role or ''} image among its members; make the set again")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data.errors import DataError
-from data.image import IMAGE_SUFFIXES, decode_image, image_size
+from data.image import decode_image, image_size, is_image
 from data.shards import INDEX, KEY, ShardSet, read_tar, write_index
 
 
@@ -33,7 +33,7 @@ def _verify_shard(shards: ShardSet, number: int, decode: bool) -> list[str]:
                 name = f"{path}: sample {key}.{ext}"
                 if zlib.crc32(data) != crc:
                     problems.append(f"{name}: damaged (its crc32 is not the index's); restore the shard")
-                elif decode and ext.split(".")[-1] in IMAGE_SUFFIXES:
+                elif decode and is_image(ext):
                     try:
                         found = decode_image(data, name).shape[:2]
                     except DataError as error:
@@ -76,11 +76,7 @@ def _index_tar(path: Path) -> dict:
     for number, (key, found) in enumerate(read_tar(path)):
         if not KEY.fullmatch(key):
             raise DataError(f"{path}: sample key {key!r}; keys are 0-9, a-z and _: rename the members")
-        sizes = {
-            image_size(data, f"{path}: sample {key}.{ext}")
-            for ext, (_, data) in found.items()
-            if ext.split(".")[-1] in IMAGE_SUFFIXES
-        }
+        sizes = {image_size(data, f"{path}: sample {key}.{ext}") for ext, (_, data) in found.items() if is_image(ext)}
         if len(sizes) != 1:
             raise DataError(f"{path}: sample {key}: {len(sizes)} image sizes; give one image, or a pair of one size")
         height, width = sizes.pop()

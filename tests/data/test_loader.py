@@ -290,6 +290,18 @@ def test_leaving_the_loop_early_stops_the_workers(make_set):
     assert wait_until(lambda: children() - before == set())
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+def test_a_killed_worker_is_one_clear_line(make_set):
+    def run() -> None:
+        before = children()
+        for _ in loader(make_set(), workers=1, batches=None):
+            for child in children() - before:
+                os.kill(child, signal.SIGKILL)
+
+    with pytest.raises(DataError, match=r"a loader worker died .*lower data\.workers"):
+        run()
+
+
 def wait_until(true, seconds: float = 20) -> bool:
     deadline = time.monotonic() + seconds
     while not true() and time.monotonic() < deadline:

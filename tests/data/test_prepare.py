@@ -177,6 +177,25 @@ def test_unwritable_folder_is_one_clear_line(photographs, tmp_path):
         prepare_dataset("folder", photographs, tmp_path / "file" / "set")
 
 
+def test_full_disk_is_one_clear_line_and_nothing_is_lost(photographs, tmp_path, monkeypatch):
+    import errno
+
+    from data import prepare as module
+
+    whole = module.write_shard
+
+    def full(path, samples):
+        if path.name == "shard_00002_000.tar":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(path, samples)
+
+    monkeypatch.setattr(module, "write_shard", full)
+    with pytest.raises(DataError, match="No space left on device; free space"):
+        prepare_dataset("folder", photographs, tmp_path / "set", SMALL_SHARDS)
+    monkeypatch.undo()
+    assert prepare_dataset("folder", photographs, tmp_path / "set", SMALL_SHARDS).reused_jobs == 2
+
+
 def gopro(root: Path, frames: int = 2) -> None:
     for sequence in ("GOPR0372_07_00", "GOPR0372_07_01"):
         for kind, shift in (("blur", 1), ("sharp", 0)):

@@ -132,6 +132,27 @@ def test_torn_shard_is_named(make_set):
         ShardSet(path.parent)
 
 
+def test_tar_given_for_its_folder_is_refused_with_the_way_out(make_set):
+    with pytest.raises(DataError, match="give the folder"):
+        ShardSet(make_set() / "s_00000.tar")
+
+
+def test_shard_names_cannot_leave_the_folder(make_set):
+    root = make_set()
+    index = json.loads((root / "index.json").read_text())
+    index["shards"][0]["name"] = "../set/s_00000.tar"
+    (root / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="leaves the folder"):
+        ShardSet(root)
+
+
+def test_plain_image_is_taken_before_a_mask_beside_it(tmp_path):
+    with ShardWriter(tmp_path / "set") as writer:
+        writer.add("a", {"mask.png": encode_png(picture(1)), "JPG": JPG})
+    shards = ShardSet(tmp_path / "set")
+    assert (shards.kind, shards.image_member(0)) == ("sharp", "JPG")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format":"sharpprior-shards","version":99}', "\x00"])
 def test_damaged_index_is_an_error_not_a_traceback(make_set, text):
     root = make_set()
