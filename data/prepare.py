@@ -203,7 +203,7 @@ def _clear(out: Path, prefix: str, keep: Iterable[str]) -> None:
     """Remove shards and leftovers of this prefix that are not in `keep`; nothing else in the folder is touched."""
     kept = set(keep)
     for path in out.iterdir():
-        ours = re.fullmatch(re.escape(prefix) + r"_\d{5}_\d{3}\.tar(\.tmp)?", path.name)
+        ours = re.fullmatch(re.escape(prefix) + r"_\d{5}_\d{3}\.tar(\.\d+\.tmp)?", path.name)
         if ours and path.name not in kept:
             path.unlink()
 

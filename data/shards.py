@@ -34,9 +34,14 @@ _RESTORE = "restore it, or make the set again with `sharpprior prepare`"
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
+def _temporary(path: Path) -> Path:
+    # Of this process alone: a writer that outlives its killed parent for a moment must not share a file with the next.
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds the old bytes or all the new ones, whenever the writer is killed."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -79,7 +84,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
     """
     record: dict = {"name": path.name, "bytes": 0, "sha256": "", "keys": [], "heights": [], "widths": [], "members": {}}
     digest, offset, seen = hashlib.sha256(), 0, set()
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
 

@@ -104,6 +104,7 @@ def test_kill_nine_and_rerun_gives_the_shards_of_an_unbroken_run(photographs, tm
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "index.json").exists()
+    (out / "shard_00001_000.tar.123.tmp").write_bytes(b"left by the killed writer")
     with pytest.raises(DataError, match="index"):
         ShardSet(out)
     done = prepare_dataset("folder", photographs, out, SMALL_SHARDS)
