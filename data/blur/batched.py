@@ -62,8 +62,10 @@ def render_batch(attempts: Sequence[Attempt], device: torch.device | str) -> tor
     gains = _column([p.gains for p in photometry], device)  # [B, 3]
     shot = _column([[p.shot] for p in photometry], device) * gains
     read = (_column([[p.read] for p in photometry], device) * gains) ** 2
-    noise = torch.from_numpy(np.stack([attempt.noise for attempt in attempts])).to(device)
-    deviates = torch.from_numpy(camera.normal_quantiles()).to(device)[noise.permute(0, 2, 3, 1).int()]  # [B, S, S, 3]
+    # Sent as int16: operations on uint16 are few on a GPU.
+    noise = torch.from_numpy(np.stack([attempt.noise for attempt in attempts]).view(np.int16)).to(device)
+    quantiles = torch.from_numpy(camera.normal_quantiles()).to(device)
+    deviates = quantiles[noise.int().bitwise_and(0xFFFF)].permute(0, 2, 3, 1)  # [B, S, S, 3]
     light = light + deviates * torch.sqrt(light * shot[:, None, None] + read[:, None, None])
     codes = _encode(light, photometry)
     chosen = [i for i, p in enumerate(photometry) if p.jpeg_quality is not None]
