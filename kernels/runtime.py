@@ -16,48 +16,43 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
 def check_maps(tensors: dict[str, Tensor]) -> None:
     """Feature maps [B, channels, H, W]: float tensors of 4 dimensions, none of size 0, one device, one batch size."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        require(isinstance(tensor, Tensor), f"{name}: expected a tensor, got {type(tensor).__name__}")
-        require(tensor.dim() == 4, f"{name}: expected 4 dimensions [B, channels, H, W], got shape {list(tensor.shape)}")
-        require(min(tensor.shape) > 0, f"{name}: shape {list(tensor.shape)} holds no element; drop empty inputs first")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [B, channels, H, W], got shape {list(tensor.shape)}")
+        if min(tensor.shape) < 1:
+            raise ValueError(f"{name}: shape {list(tensor.shape)} holds no element; drop empty inputs first")
         check_dtype(name, tensor)
         check_device(name, tensor, first_name, first)
-        require(
-            tensor.shape[0] == first.shape[0],
-            f"{name}: batch {tensor.shape[0]} differs from {first_name}'s batch {first.shape[0]}",
-        )
+        if tensor.shape[0] != first.shape[0]:
+            raise ValueError(f"{name}: batch {tensor.shape[0]} differs from {first_name}'s batch {first.shape[0]}")
 
 
 def check_parameters(parameters: dict[str, tuple[Tensor, tuple[int, ...]]], like: str, device_of: Tensor) -> None:
     """Parameters: float tensors of the given shapes on the device of the map called `like`."""
     for name, (tensor, shape) in parameters.items():
-        require(isinstance(tensor, Tensor), f"{name}: expected a tensor, got {type(tensor).__name__}")
-        require(tuple(tensor.shape) == shape, f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
         check_dtype(name, tensor)
         check_device(name, tensor, like, device_of)
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
-    require(
-        tensor.dtype in DTYPES,
-        f"{name}: dtype {tensor.dtype} is not supported; use float32, float16, bfloat16 or float64",
-    )
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; use float32, float16, bfloat16 or float64")
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    require(
-        tensor.device == other.device,
-        f"{name}: lies on {tensor.device} but {other_name} on {other.device}; move all inputs to one device",
-    )
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name}: lies on {tensor.device} but {other_name} on {other.device}; move all inputs to one device"
+        )
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -71,7 +66,8 @@ def choose(impl: str, tensor: Tensor, limits: Sequence[str] = ()) -> str:
     limits: reasons why the kernels cannot take this call. "auto" then takes the reference; a named "triton" never falls
     back: it raises ValueError with the first reason.
     """
-    require(impl in IMPLEMENTATIONS, f"impl: {impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: {impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "reference":
         return "reference"
     reasons = list(limits)
@@ -85,7 +81,8 @@ def choose(impl: str, tensor: Tensor, limits: Sequence[str] = ()) -> str:
     if impl == "auto":
         on_gpu = tensor.device.type == "cuda" and not reasons
         return "triton" if on_gpu else "reference"
-    require(not reasons, f"impl: 'triton' cannot run this call: {reasons[0] if reasons else ''}")
+    if reasons:
+        raise ValueError(f"impl: 'triton' cannot run this call: {reasons[0]}")
     return "triton"
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.aggregation.ops import AggregateLevels
-from kernels.runtime import as_plane, check_maps, choose, require
+from kernels.runtime import as_plane, check_maps, choose
 
 
 def aggregate_levels(
@@ -26,20 +26,26 @@ def aggregate_levels(
     Source: METHOD of this project after Wang et al., arXiv 2302.06898 (their code is not public: the form is ours).
     """
     values, logits = list(values), list(logits)
-    require(len(values) > 0, "values: holds no level; give at least one")
-    require(len(values) == len(logits), f"logits: {len(logits)} levels for the {len(values)} levels of values")
+    if not values:
+        raise ValueError("values: holds no level; give at least one")
+    if len(values) != len(logits):
+        raise ValueError(f"logits: {len(logits)} levels for the {len(values)} levels of values")
     named = {f"values[{i}]": v for i, v in enumerate(values)} | {f"logits[{i}]": a for i, a in enumerate(logits)}
     check_maps(named)
     D, G = values[0].shape[1], logits[0].shape[1]
-    require(D % G == 0, f"logits: {G} groups do not divide the {D} channels of values")
+    if D % G:
+        raise ValueError(f"logits: {G} groups do not divide the {D} channels of values")
     for i, (value, logit) in enumerate(zip(values, logits, strict=True)):
-        require(value.shape[1] == D, f"values[{i}]: {value.shape[1]} channels differ from values[0]'s {D}")
-        require(logit.shape[1] == G, f"logits[{i}]: {logit.shape[1]} groups differ from logits[0]'s {G}")
-        require(
-            logit.shape[2:] == value.shape[2:],
-            f"logits[{i}]: size {list(logit.shape[2:])} differs from values[{i}]'s {list(value.shape[2:])}",
-        )
-    require(len(size) == 2 and min(size) > 0, f"size: expected (height, width), both positive, got {size!r}")
+        if value.shape[1] != D:
+            raise ValueError(f"values[{i}]: {value.shape[1]} channels differ from values[0]'s {D}")
+        if logit.shape[1] != G:
+            raise ValueError(f"logits[{i}]: {logit.shape[1]} groups differ from logits[0]'s {G}")
+        if logit.shape[2:] != value.shape[2:]:
+            raise ValueError(
+                f"logits[{i}]: size {list(logit.shape[2:])} differs from values[{i}]'s {list(value.shape[2:])}"
+            )
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size: expected (height, width), both positive, got {size!r}")
     kernel = choose(impl, values[0]) == "triton"
     dtype = values[0].dtype
     # The operators are opaque to autocast: every dtype is settled here, whatever region the caller is in.

@@ -16,6 +16,12 @@ WARPS = 4
 
 
 @triton.jit
+def real(value, ACC: tl.constexpr):
+    """An integer argument as a floating number; Triton turns an argument of 1 into a constant, which has no `.to`."""
+    return tl.full((), value, ACC)
+
+
+@triton.jit
 def source(o, scale, size, ACC: tl.constexpr):
     """F.interpolate(align_corners=False): lower index, upper index and the upper's weight of target positions o."""
     position = tl.maximum((o.to(ACC) + 0.5) * scale - 0.5, 0.0)
@@ -27,8 +33,8 @@ def source(o, scale, size, ACC: tl.constexpr):
 @triton.jit
 def taps(o_y, o_x, h, w, HEIGHT, WIDTH, stride_y, stride_x, ACC: tl.constexpr, WIDE: tl.constexpr):
     """Element offsets and weights of the four source pixels of every target pixel."""
-    y0, y1, fy = source(o_y, h.to(ACC) / HEIGHT, h, ACC)
-    x0, x1, fx = source(o_x, w.to(ACC) / WIDTH, w, ACC)
+    y0, y1, fy = source(o_y, real(h, ACC) / HEIGHT, h, ACC)
+    x0, x1, fx = source(o_x, real(w, ACC) / WIDTH, w, ACC)
     if WIDE:
         y0, y1, x0, x1 = y0.to(tl.int64), y1.to(tl.int64), x0.to(tl.int64), x1.to(tl.int64)
     y0, y1, x0, x1 = y0 * stride_y, y1 * stride_y, x0 * stride_x, x1 * stride_x
@@ -185,7 +191,7 @@ def level_gradient_kernel(
     d_share += pid_bg * N
     mean += pid_bg * N
     dp += pid_b * spb
-    size_y, size_x = h.to(ACC), w.to(ACC)
+    size_y, size_x = real(h, ACC), real(w, ACC)
     scale_y, scale_x = size_y / HEIGHT, size_x / WIDTH
     y, x = o_y.to(ACC), o_x.to(ACC)
     first_y, first_x = first_reached(y, scale_y), first_reached(x, scale_x)
@@ -266,6 +272,9 @@ def backward_pass(dp: Tensor, values, logits, lse: Tensor, d_values, d_logits) -
             _level_strides(values), _level_strides(logits), lse, share, d_share, mean, B * G, G, H, W,
             *pixel_strides(dp), LEVELS=L, **tile, **_options(dp, *values),
         )  # fmt: skip
+        # Half the pixels a program: a coarse level has few of them, and each gathers many targets.
+        block_n = max(16, block_n // 2)
+        tile["BLOCK_N"] = block_n
         for level, (d_value, d_logit) in enumerate(zip(d_values, d_logits, strict=True)):
             h, w = d_value.shape[2:]
             grid = (B * G * triton.cdiv(h * w, block_n), triton.cdiv(D // G, block_d))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.attention.algebra import Weights
 from kernels.attention.ops import SemanticAttention
-from kernels.runtime import accumulator, as_plane, check_maps, check_parameters, choose, require
+from kernels.runtime import accumulator, as_plane, check_maps, check_parameters, choose
 
 MAX_CHANNELS = 512
 
@@ -41,12 +41,12 @@ def semantic_attention(
     """
     check_maps({"x": x, "p": p})
     C, D = x.shape[1], p.shape[1]
-    require(p.shape[2:] == x.shape[2:], f"p: size {list(p.shape[2:])} differs from x's size {list(x.shape[2:])}")
-    require(
-        isinstance(heads, int) and heads > 0 and C % heads == 0,
-        f"heads: {heads!r} must be a positive integer that divides x's {C} channels",
-    )
-    require(eps > 0, f"eps: {eps!r} must be positive")
+    if p.shape[2:] != x.shape[2:]:
+        raise ValueError(f"p: size {list(p.shape[2:])} differs from x's size {list(x.shape[2:])}")
+    if not isinstance(heads, int) or heads < 1 or C % heads:
+        raise ValueError(f"heads: {heads!r} must be a positive integer that divides x's {C} channels")
+    if not eps > 0:
+        raise ValueError(f"eps: {eps!r} must be positive")
     given = Weights(norm_weight, norm_bias, query_weight, key_weight, value_weight, temperature, out_weight, scale)
     shapes = Weights((C,), (C,), (C, C), (C, D), (C, D), (heads,), (2 * C, C), (C,))
     names = (

@@ -33,7 +33,7 @@ GENERAL = {
 # Where a target differs: Ampere keeps operands in registers, gfx942 has less shared memory and wider waves.
 BY_ARCHITECTURE: dict[int | str, dict[tuple[str, int], dict[int, tuple[int, int]]]] = {
     80: {
-        ("gram", 2): {64: (32, 4), 128: (16, 8)},
+        ("gram", 2): {64: (16, 4), 128: (16, 8)},
         ("gradient", 2): {64: (32, 4), 128: (16, 8)},
     },
     100: {("gram", 2): {64: (64, 8), 128: (64, 8)}},

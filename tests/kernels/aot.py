@@ -5,12 +5,14 @@ launch. Resources come from the compiled binary: `cuobjdump` for NVIDIA, the met
 `python tests/kernels/aot.py` prints the table for all targets, widths, dtypes and layouts (minutes).
 """
 
+import argparse
 import dataclasses
+import json
 import re
 import subprocess
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -114,51 +116,140 @@ def plane(batch: int, channels: int, pixels: int, dtype: torch.dtype, channels_l
     return empty.mT if channels_last else empty
 
 
-def attention_launches(C: int, D: int, dtype=torch.bfloat16, channels_last=False, pixels=4096):
-    """The four passes of semantic attention on maps without storage."""
-    from kernels.attention import triton as passes
-    from kernels.attention.algebra import gram_size, split_grams
-
-    def launch():
-        x, p = plane(2, C, pixels, dtype, channels_last), plane(2, D, pixels, dtype, channels_last)
-        _, mean, rstd = passes.gram_pass(x, p, 1e-6)
-        modulation = passes.reduce_pass(x, x, p, mean, rstd)
-        passes.apply_pass(x, p, mean, rstd, modulation, torch.empty_like(x))
-        grams = split_grams(torch.empty(2, gram_size(C, D), device="meta"), C, D)
-        passes.gradient_pass(x, x, p, mean, rstd, modulation, grams, torch.empty_like(x), torch.empty_like(p))
-
-    return launch
-
-
 def attention_kernels() -> list:
-    """All jitted kernels of semantic attention."""
+    """All jitted kernels of semantic attention that are launched."""
     from kernels.attention import triton_backward, triton_forward
 
     modules = (triton_forward, triton_backward)
     return list({k: None for m in modules for n, k in vars(m).items() if n.endswith("_kernel")})
 
 
-def aggregation_launches(D: int, G: int, dtype=torch.bfloat16, channels_last=False, levels: int = 4):
-    """Both passes of level aggregation on maps without storage: levels of strides 4 to 32 to a 64² target."""
-    from kernels.aggregation import triton as passes
-
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-
-    def level(channels: int, size: int):
-        return torch.empty(2, channels, size, size, dtype=dtype, device="meta").contiguous(memory_format=layout)
-
-    def launch():
-        values = [level(D, 64 >> i) for i in range(levels)]
-        logits = [level(G, 64 >> i) for i in range(levels)]
-        out = level(D, 64)
-        lse = passes.forward_pass(values, logits, out)
-        passes.backward_pass(out, values, logits, lse, values, logits)
-
-    return launch
-
-
 def aggregation_kernels() -> list:
     """All jitted kernels of level aggregation that are launched."""
     from kernels.aggregation import triton as passes
 
-    return [passes.aggregate_kernel, passes.share_kernel, passes.level_gradient_kernel]
+    return [kernel for name, kernel in vars(passes).items() if name.endswith("_kernel")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Semantic attention on maps without storage."""
+
+    C: int
+    D: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = False
+    batch: int = 2
+    pixels: int = 4096
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "NCHW"
+        return f"C={self.C} D={self.D} B={self.batch} N={self.pixels} {str(self.dtype)[6:]} {layout}"
+
+    def launch(self) -> None:
+        from kernels.attention import triton as passes
+        from kernels.attention.algebra import gram_size, split_grams
+
+        B, C, D, N = self.batch, self.C, self.D, self.pixels
+        x, p = (plane(B, c, N, self.dtype, self.channels_last) for c in (C, D))
+        _, mean, rstd = passes.gram_pass(x, p, 1e-6)
+        modulation = passes.reduce_pass(x, x, p, mean, rstd)
+        passes.apply_pass(x, p, mean, rstd, modulation, torch.empty_like(x))
+        grams = split_grams(torch.empty(B, gram_size(C, D), device="meta"), C, D)
+        passes.gradient_pass(x, x, p, mean, rstd, modulation, grams, torch.empty_like(x), torch.empty_like(p))
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregation:
+    """Level aggregation on maps without storage; the finest level has the target's size."""
+
+    D: int = 64
+    G: int = 4
+    sizes: tuple[int, ...] = (64, 32, 16, 8)
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "NCHW"
+        return f"D={self.D} G={self.G} levels={'/'.join(map(str, self.sizes))} {str(self.dtype)[6:]} {layout}"
+
+    def launch(self) -> None:
+        from kernels.aggregation import triton as passes
+
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+
+        def level(channels: int, size: int) -> torch.Tensor:
+            return torch.empty(2, channels, size, size, dtype=self.dtype, device="meta", memory_format=layout)
+
+        values = [level(self.D, size) for size in self.sizes]
+        logits = [level(self.G, size) for size in self.sizes]
+        out = level(self.D, self.sizes[0])
+        lse = passes.forward_pass(values, logits, out)
+        passes.backward_pass(out, values, logits, lse, values, logits)
+
+
+BACKBONE_WIDTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+# What the test run compiles for every target: each width that a backbone declares, both layouts.
+CHOSEN = (
+    *(Attention(C) for C in BACKBONE_WIDTHS),
+    Attention(64, channels_last=True),
+    Aggregation(),
+    Aggregation(channels_last=True),
+)
+# What one target proves for all: other dtypes, sizes of 1 (Triton makes constants of them), 64-bit offsets.
+ONCE = (
+    Attention(64, dtype=torch.float32),
+    Attention(64, dtype=torch.float16),
+    Attention(16, 16, batch=1, pixels=1),
+    Attention(64, pixels=48_000_000, batch=1),
+    Aggregation(sizes=(1, 1), dtype=torch.float32),
+)
+ONCE_TARGET = "sm_90"
+FULL = (
+    *CHOSEN,
+    *(Attention(C, channels_last=True) for C in BACKBONE_WIDTHS if C != 64),
+    *(Attention(C, dtype=dtype) for dtype in (torch.float32, torch.float16) for C in (48, 64, 128, 256)),
+    *(Attention(C, D) for C, D in ((16, 16), (64, 32), (128, 128), (320, 64), (512, 512))),
+    *(Aggregation(G=G, dtype=dtype) for G, dtype in ((1, torch.bfloat16), (8, torch.bfloat16), (4, torch.float32))),
+)
+
+
+def builds(target: str, cases: Sequence[Attention | Aggregation]) -> Iterator[Build]:
+    """Everything that the cases make their launchers compile for one target."""
+    for case in cases:
+        kernels = attention_kernels() if isinstance(case, Attention) else aggregation_kernels()
+        yield from compiled(target, str(case), case.launch, kernels)
+
+
+def table(rows: Sequence[Build]) -> str:
+    """Markdown table of builds."""
+    lines = [
+        "| target | kernel | first compiled for | warps | registers | spills | shared, B | 128-bit / all loads |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {b.target} | {b.kernel} | {b.case} | {b.warps} | {b.registers} | {b.spills} | {b.shared} |"
+        f" {b.wide}/{b.loads} |"
+        for b in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=list(TARGETS), action="append", help="default: all")
+    parser.add_argument("--full", action="store_true", help="more dtypes, layouts and widths than the tests")
+    parser.add_argument("--json", type=Path, help="write the builds here instead of printing a table")
+    args = parser.parse_args()
+    rows = []
+    for target in args.target or TARGETS:
+        cases = FULL if args.full else CHOSEN
+        rows += builds(target, (*cases, *ONCE) if target == ONCE_TARGET else cases)
+    if args.json:
+        args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
+    else:
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
