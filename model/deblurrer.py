@@ -113,6 +113,7 @@ def build_deblurrer(
     student: str | None = None,
     student_weights: str | None = None,
     student_batch_norm: str = "frozen",
+    student_frozen_levels: int = 0,
     fusion_width: int = 64,
     residual_prior: bool | None = None,
     spe_dim: int = 64,
@@ -125,7 +126,8 @@ def build_deblurrer(
     """Build a deblurrer from plain settings.
 
     backbone: a name of `BACKBONES`, or {name: …, and its constructor's arguments}. teacher, teacher_weights: only say
-    which features the prior predicts, and what the student starts from when `student` is None. read_weights False reads
+    which features the prior predicts, and what the student starts from when `student` is None. student_frozen_levels:
+    the student's layers up to that level are not trained (cheaper steps). read_weights False reads
     no weights (to load a state dict afterwards); on the meta device (`with torch.device("meta")`) none are read either.
     Initial weights depend on `seed` alone; the ambient generator is neither used nor moved.
     Raises ValueError naming the setting, and the nearest known name where a name is unknown.
@@ -142,7 +144,13 @@ def build_deblurrer(
         student_spec = (
             teacher_spec if student is None else EncoderSpec(student, student_weights or "pretrained", levels)
         )
-        encoder = build_encoder(student_spec, batch_norm=student_batch_norm, prune=True, read=read_weights)
+        encoder = build_encoder(
+            student_spec,
+            batch_norm=student_batch_norm,
+            frozen_levels=student_frozen_levels,
+            prune=True,
+            read=read_weights,
+        )
         channels = encoder.channels if student is None else level_channels(teacher_spec)
         return Deblurrer(
             network,

@@ -95,9 +95,13 @@ class Encoder(nn.Module):
         return self
 
 
-def build_encoder(spec: EncoderSpec, *, batch_norm: str = "frozen", prune: bool = False, read: bool = True) -> Encoder:
+def build_encoder(
+    spec: EncoderSpec, *, batch_norm: str = "frozen", frozen_levels: int = 0, prune: bool = False, read: bool = True
+) -> Encoder:
     """Build an `Encoder` and load its weights.
 
+    frozen_levels: the layers that levels 1 … k are made of keep their weights (no gradient, and no backward pass
+    through the largest features).
     prune: drop the layers behind the last level (classifier, final norm), so that every parameter gets a gradient.
     read: False builds the architecture only (no weights are looked for), e.g. to load a state dict afterwards or on the
     meta device.
@@ -105,6 +109,8 @@ def build_encoder(spec: EncoderSpec, *, batch_norm: str = "frozen", prune: bool 
     """
     if spec.levels < 1:
         raise ValueError(f"levels = {spec.levels}: an encoder needs at least 1 level")
+    if not 0 <= frozen_levels <= spec.levels:
+        raise ValueError(f"frozen_levels = {frozen_levels}: it lies between 0 and the encoder's {spec.levels} levels")
     net = _create(spec)
     encoder = Encoder(spec, net, batch_norm)
     on_meta = encoder.mean.device.type == "meta"
@@ -115,6 +121,8 @@ def build_encoder(spec: EncoderSpec, *, batch_norm: str = "frozen", prune: bool 
     encoder.train(encoder.training)
     if not on_meta:
         _probe(encoder)
+    if frozen_levels:
+        _freeze(encoder, frozen_levels)
     return encoder
 
 
@@ -276,3 +284,15 @@ def _probe(encoder: Encoder) -> None:
         raise ValueError(
             f"{encoder.spec.name} gives features {shapes} where timm announces {expected}: name another network"
         )
+
+
+def _freeze(encoder: Encoder, levels: int) -> None:
+    """Freeze every parameter that the first `levels` features depend on, as autograd finds it on a small image."""
+    size = encoder.strides[-1]
+    image = torch.zeros(1, 3, size, size, device=encoder.mean.device)
+    parameters = list(encoder.parameters())
+    with torch.enable_grad():
+        shallow = sum(feature.sum() for feature in encoder(image)[:levels])
+        gradients = torch.autograd.grad(shallow, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is None)

@@ -138,11 +138,32 @@ def test_calibration_travels_in_the_state_dict():
     assert torch.equal(model(x).restored[-1], other(x).restored[-1])
 
 
+def test_embeddings_read_the_prior_in_the_teacher_s_standard_units():
+    from model.statistics import FeatureStatistics
+
+    model = small()
+    statistics = FeatureStatistics(model.prior.channels)
+    statistics.update([5 + 3 * image(2, c, 4, 4) for c in model.prior.channels])
+    statistics.freeze()
+    model.calibrate(statistics, [image(2, 3, 64, 64)])
+    seen = []
+    model.spe["bottleneck"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    prior = model(image(1, 3, 64, 64)).prior
+    for level, (scaled, r) in enumerate(zip(seen[0], prior, strict=True)):
+        mean, std = statistics.moments(level)
+        torch.testing.assert_close(scaled, (r - mean) / std)
+
+
 def test_the_meta_device_needs_no_weights():
     with torch.device("meta"):
         model = small(teacher_weights="nowhere.pth")
     assert all(p.device.type == "meta" for p in model.parameters())
     assert model.state_dict().keys() == small().state_dict().keys()
+    with torch.device("meta"):
+        frozen = small(student_frozen_levels=1)
+    fixed = {n for n, p in small(student_frozen_levels=1).named_parameters() if not p.requires_grad}
+    assert fixed == {n for n, p in frozen.named_parameters() if not p.requires_grad}
+    assert fixed
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,22 @@ def test_images_that_are_no_float_rgb_batch_are_refused(teacher):
             teacher(bad)
 
 
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18", "densenet121"])
+def test_frozen_levels_keep_their_features_and_the_rest_learns(name):
+    student = build_encoder(EncoderSpec(name, weights="random"), prune=True, frozen_levels=2)
+    x = torch.rand(2, 3, 64, 64)
+    before = student(x)
+    assert [f.requires_grad for f in before] == [False, False, True, True]
+    trained = [p for p in student.parameters() if p.requires_grad]
+    sum(f.square().mean() for f in before[2:]).backward()
+    assert all(p.grad is not None for p in trained)
+    torch.optim.SGD(trained, lr=1e-3).step()
+    after = student(x)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, False, False]
+    with pytest.raises(ValueError, match="between 0 and the encoder's 4 levels"):
+        build_encoder(EncoderSpec(name, weights="random"), frozen_levels=5)
+
+
 def test_a_student_with_frozen_statistics_keeps_them_in_training():
     student: Encoder = build_encoder(EncoderSpec(weights="random"), prune=True).train()
     before = {k: v.clone() for k, v in student.named_buffers()}
