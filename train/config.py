@@ -139,7 +139,7 @@ class TrainSection(Section):
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step and rank."""
     ema: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the fp32 average of the weights, which evaluation and restoration use; 0 keeps the weights themselves."""
+    """Decay of the fp32 average of the weights; evaluation and restoration use it; 0 keeps the weights."""
     log_every: int = Field(default=1, ge=1)
     """Steps between records in metrics.jsonl."""
 
