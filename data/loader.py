@@ -1,15 +1,10 @@
 """Run the training stream of one rank in worker processes, and the fixed validation list."""
 
-import contextlib
 import logging
-import multiprocessing
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import torch
 from torch.utils.data import DataLoader
 
@@ -19,6 +14,7 @@ from data.errors import DataError
 from data.plan import Plan, Share
 from data.shards import ShardSet
 from data.stream import PAIRED, Sources, make_pair, pair_pipeline, render_deferred
+from data.workers import init_worker, main_not_imported_again, worker_context
 
 log = logging.getLogger("sharpprior.data")
 
@@ -126,18 +122,13 @@ class PairLoader:
     def _open(self) -> tuple[Iterator[dict], Callable[[], None]]:
         if self.workers == 0:
             return iter(self.pipeline), lambda: None
-        # A fork server: forking this process, with its OpenMP, CUDA and gloo threads, can hang the child.
-        context = multiprocessing.get_context("forkserver")
-        # Only what is not ours: the server does not know our import path (Python < 3.14), and a package called `data`
-        # elsewhere would be taken for ours in every worker.
-        context.set_forkserver_preload(["torch", "cv2", "webdataset", "pydantic"])
         loader = DataLoader(
             self.pipeline,
             batch_size=None,
             collate_fn=as_is,
             num_workers=self.workers,
             prefetch_factor=self.prefetch,
-            multiprocessing_context=context,
+            multiprocessing_context=worker_context(),
             worker_init_fn=init_worker,
             pin_memory=self.pin_memory,
         )
@@ -194,33 +185,9 @@ def check_crop_fits(shards: ShardSet, crop: int) -> None:
         )
 
 
-def init_worker(worker: int) -> None:
-    """Set up a loader worker: no OpenCV threads; Ctrl-C is the main process's to handle."""
-    cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def as_is(batch: dict) -> dict:
     """The batch itself: torch's default would turn every array into shared memory of its own."""
     return batch
-
-
-@contextlib.contextmanager
-def main_not_imported_again() -> Iterator[None]:
-    """Start children without their importing the main script again, as a fork server's children otherwise do.
-
-    Nothing of the stream lives in the main script, and importing a training script takes seconds a worker.
-    """
-    main = sys.modules["__main__"]
-    kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
-    try:
-        main.__spec__ = None
-        if "__file__" in kept:
-            del main.__file__
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(main, name, value)
 
 
 def validation_pairs(

@@ -13,23 +13,18 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cv2
-
 from data.datasets import LAYOUTS, PairFiles, list_dataset
 from data.errors import DataError
 from data.frames import frame_sources
-from data.loader import main_not_imported_again
 from data.recipe import JobResult, Recipe, file_samples, window_samples
 from data.shards import INDEX, write_atomically, write_index, write_shard
+from data.workers import init_worker, main_not_imported_again, worker_context
 
 MANIFEST, RECORDS, LOCK = "manifest.json", ".records", ".lock"
 
@@ -62,14 +57,11 @@ def _up_to(samples: Iterator[tuple[str, dict]], first: tuple[str, dict], limit: 
 
 def run_job(job: "Job") -> dict:
     """Write the job's shards, then its record, and return the record."""
-    cv2.setNumThreads(0)
     result = JobResult()
 
     def samples() -> Iterator[tuple[str, dict]]:
         make = file_samples if job.recipe.windows is None else window_samples
         for source in job.sources:
-            if _stop is not None and _stop.is_set():
-                raise KeyboardInterrupt
             yield from make(source, job.recipe, job.root, result)
 
     stream = samples()
@@ -139,33 +131,13 @@ def _jobs(sources: Sequence, recipe: Recipe, root: Path, out: Path, prefix: str)
     return jobs
 
 
-_stop = None
-
-
-def _init_worker(stop) -> None:
-    """A worker ignores Ctrl-C (the main process tells it to stop) and ends when its main process is gone."""
-    global _stop
-    _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _run_all(jobs: list[Job], workers: int, done: Callable[[Job, dict], None]) -> None:
     if workers == 1 or len(jobs) <= 1:
         for job in jobs:
             done(job, run_job(job))
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "cv2", "webdataset", "pydantic"])  # nothing of ours: see data.loader
-    stop = context.Event()
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_init_worker, initargs=(stop,))
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=worker_context(), initializer=init_worker)
     try:
         with main_not_imported_again():
             waiting = {pool.submit(run_job, job): job for job in jobs}
@@ -173,8 +145,12 @@ def _run_all(jobs: list[Job], workers: int, done: Callable[[Job, dict], None]) -
             done(waiting[future], future.result())
     except BrokenProcessPool:
         raise DataError("a worker was killed (out of memory?); run the same command again with fewer workers") from None
+    except BaseException:
+        # Not asked to stop but killed: shards are written atomically, and a lock shared with them could be left held.
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+        raise
     finally:
-        stop.set()
         pool.shutdown(cancel_futures=True)
 
 

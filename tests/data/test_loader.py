@@ -347,6 +347,35 @@ def test_ctrl_c_is_the_main_process_s_to_handle_and_everything_ends(make_set, tm
     assert process.returncode == 0
 
 
+KILLED = """
+import sys
+from data.blur import BlurConfig
+from data.loader import PairLoader
+for number, batch in enumerate(PairLoader(sys.argv[1], BlurConfig(), crop=32, global_batch=4, workers=2, margin=8)):
+    if number == 3:
+        print("going", flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+def test_workers_end_when_their_main_process_is_killed(make_set):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", KILLED, str(make_set())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    assert process.stdout.readline() == "going\n"
+    process.kill()
+    process.wait()
+
+    def group_is_gone() -> bool:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    assert wait_until(group_is_gone, 60)
+
+
 # -- validation -------------------------------------------------------------------------------------------------------
 
 
