@@ -1,4 +1,4 @@
-"""The `sharpprior` command: restore, evaluate, preview, verify, index. Training is `train/main.py`."""
+"""The `sharpprior` command: restore and evaluate; those about data are in `train/data_commands.py`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from typing import Annotated
 
 import typer
 
+from train.data_commands import Overwrite
+from train.data_commands import app as data_app
 from train.failure import explained
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Restore and evaluate what train/main.py trained, and prepare data for it.",
+)
+app.add_typer(data_app)
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run, of one of its checkpoints, or of an exported model.")]
 Which = Annotated[str, typer.Option("--checkpoint", help="latest, best, or step-N, where RUN is a run.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
-BlurSource = Annotated[Path | None, typer.Option("--config", help="Take the blur from this configuration.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of it.")]
 
 
 def _device(name: str | None):
@@ -92,68 +97,6 @@ def evaluate(
         run, data=data, out=out, which=checkpoint, per_tier=per_tier, crop=crop, overwrite=overwrite,
         device=_device(device),
     )  # fmt: skip
-
-
-@app.command()
-def preview(
-    shards: Annotated[str | None, typer.Argument(help="Shard set; default: the bundled photographs.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Contact sheet (.png or .jpg) or page (.html).")] = Path(
-        "preview.png"
-    ),
-    count: Annotated[int, typer.Option(min=1, help="Pairs to show.")] = 12,
-    crop: Annotated[int, typer.Option(min=32, help="Side of the crops, px.")] = 256,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    config: BlurSource = None,
-    set_: Sets = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Contact sheet of synthesized pairs: sharp, blurry, kernel, extent, PSNR."""
-    from rich.console import Console
-
-    from data.preview import preview_pairs, write_contact_sheet, write_html_page
-    from train.config import Config
-    from train.config_file import load_config, override
-    from train.sources import BUNDLED
-
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out}: exists: choose another name, or --overwrite")
-    settings = load_config(config, set_ or []) if config else override(Config(), set_ or [])
-    pairs = preview_pairs(shards or str(BUNDLED / "train"), settings.blur, count=count, crop=crop, seed=seed)
-    if out.suffix.lower() == ".html":
-        write_html_page(out, pairs)
-    else:
-        write_contact_sheet(out, pairs)
-    Console().print(f"{len(pairs)} pairs: {out}", markup=False, soft_wrap=True)
-
-
-@app.command()
-def verify(
-    shards: Annotated[str, typer.Argument(help="Folder of a shard set.")],
-    decode: Annotated[bool, typer.Option(help="Decode every picture too; --no-decode stops at the hashes.")] = True,
-) -> None:
-    """Prove a shard set against its index: every shard, byte and picture."""
-    from rich.console import Console
-
-    from data.verify import verify as problems_of
-
-    console = Console()
-    problems = problems_of(shards, decode=decode)
-    for problem in problems:
-        console.print(problem, markup=False, soft_wrap=True)
-    if problems:
-        raise ValueError(f"{shards}: {len(problems)} problems")
-    console.print(f"{shards}: sound", markup=False, soft_wrap=True)
-
-
-@app.command()
-def index(
-    shards: Annotated[Path, typer.Argument(help="Folder of .tar shards that have no index.json yet.")],
-    overwrite: Overwrite = False,
-) -> None:
-    """Write the index of shards that another program made."""
-    from data.verify import index_folder
-
-    print(index_folder(shards, overwrite=overwrite))
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from data.blur import BlurConfig
 
@@ -24,11 +24,35 @@ class RunSection(Section):
     """Seed of weights, order, crops and blur."""
 
 
+class SourceSection(Section):
+    path: str
+    """Folder or URL of a shard set."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Share of all pairs, relative to the other sources' weights."""
+
+
+def _one_source(given: object) -> object:
+    """A plain path stands for a list of one source."""
+    return [{"path": given}] if isinstance(given, str) else given
+
+
+class CacheSection(Section):
+    folder: str | None = None
+    """Node-local folder for shards of remote sets; None: below the system's temporary folder."""
+    limit_gib: float = Field(default=64.0, gt=0)
+    """Size above which the least recently used shards go, GiB. Two windows of shards should fit."""
+
+
 class DataSection(Section):
-    train: str | None = None
-    """Folder of training shards (with index.json). None: `$SHARPPRIOR_DATA`, else the bundled photographs."""
+    train: Annotated[list[SourceSection], BeforeValidator(_one_source)] | None = None
+    """Training shards: a folder or URL (with index.json), or a list of {path, weight} mixed into one stream. None:
+    `$SHARPPRIOR_DATA`, else the bundled photographs."""
     val: str | None = None
-    """Folder of validation shards. None: `$SHARPPRIOR_DATA/val` where that exists, else the bundled val photographs."""
+    """Validation shards. None: `$SHARPPRIOR_DATA/val` where that exists, else the bundled val photographs."""
+    cache: CacheSection = CacheSection()
+    """Where shards of remote sets are kept."""
+    canonical_groups: int = Field(default=1, ge=1)
+    """Fixed parts G of the data; a node that serves some of them reads only their shards. Part of the order."""
     crop: int = Field(default=256, ge=32)
     """Side of a training crop, px."""
     boxes_per_photo: int = Field(default=16, ge=1)
@@ -60,6 +84,8 @@ class StudentSection(Section):
     """As for the teacher; of no use where the student starts from the teacher's weights."""
     batch_norm: Literal["frozen", "batch"] = "frozen"
     """frozen: BatchNorm stays on its stored statistics, so that a run does not depend on how it is split over ranks."""
+    frozen_levels: int = Field(default=0, ge=0)
+    """Shallow levels of the encoder that keep their weights, which spares their backward pass."""
     width: int = Field(default=64, ge=8)
     """Middle width of the cross-level fusion."""
     residual: bool | None = None

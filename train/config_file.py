@@ -169,6 +169,8 @@ def _known_keys(location: Sequence[Any]) -> list[str]:
     """Field names of the model at a location of the configuration (list indices and dict keys are stepped through)."""
     kind: Any = Config
     for part in location:
+        if isinstance(part, int):
+            continue
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             field = kind.model_fields.get(str(part))
             kind = field.annotation if field else None

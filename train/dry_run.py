@@ -18,7 +18,7 @@ from train.config import Config
 from train.engine import deepspeed_settings, world_size
 from train.memory import memory_per_rank
 from train.run_folder import RunFolder
-from train.sources import data_sources, pair_loader
+from train.sources import data_sources, open_sets, pair_loader
 from train.task import build_model
 
 BATCHES_SHOWN = 3
@@ -31,9 +31,9 @@ def dry_run(config: Config, ranks: int | None) -> None:
     world = ranks or world_size()
     micro = config.micro_batch(world)
     deepspeed_settings(config, world)
-    train, val = data_sources(config)
-    train_set, val_set = ShardSet(train.path), ShardSet(val.path)
-    check_crop_fits(train_set, config.data.crop)
+    sets, val_set = open_sets(config)
+    for shards in sets:
+        check_crop_fits(shards, config.data.crop)
     check_crop_fits(val_set, config.eval.crop)
     if config.model.prior:
         level_channels(EncoderSpec(config.model.teacher.name, config.model.teacher.weights, config.model.levels))
@@ -43,8 +43,8 @@ def dry_run(config: Config, ranks: int | None) -> None:
     counts = summarize(network, size)
     _print_model(console, config, counts)
     _print_memory(console, config, network, world, micro)
-    _print_run(console, config, world, micro, (train, train_set), (val, val_set))
-    _print_plan(console, config, train_set, world)
+    _print_run(console, config, world, micro, sets, val_set)
+    _print_plan(console, config, sets, world)
 
 
 def _print_model(console: Console, config: Config, counts) -> None:
@@ -66,19 +66,22 @@ def _print_memory(console: Console, config: Config, network, world: int, micro: 
     console.print(table)
 
 
-def _print_run(console: Console, config: Config, world: int, micro: int, train: tuple, val: tuple) -> None:
-    (train_source, train_set), (val_source, val_set) = train, val
+def _print_run(
+    console: Console, config: Config, world: int, micro: int, sets: list[ShardSet], val_set: ShardSet
+) -> None:
+    train, val = data_sources(config)
     batch, steps = config.train.batch, config.train.steps
     folder = RunFolder.of(config)
     state = "exists: needs --resume auto or another run.name" if folder.path.exists() else "will be created"
     if not folder.path.exists() and not os.access(_existing_parent(folder.path), os.W_OK):
         raise ValueError(f"{folder.path}: cannot be created here: choose another with --set run.root=…")
-    console.print(f"training data: {train_source}, {len(train_set)} samples in {len(train_set.shards)} shards")
-    console.print(f"validation data: {val_source}, {len(val_set)} samples")
+    for source, shards in zip(train, sets, strict=True):
+        console.print(f"training data: {source}, {len(shards)} samples in {len(shards.shards)} shards")
+    console.print(f"validation data: {val}, {len(val_set)} samples")
     console.print(
         f"steps: {steps} ({config.train.distill_steps} distill), {batch} pairs each = {world} ranks × "
         f"{config.train.accumulation} accumulation × {micro}; {steps * batch:,} pairs, "
-        f"{steps * batch / len(train_set):.1f} epochs"
+        f"{steps * batch / sum(map(len, sets)):.1f} epochs"
     )
     pairs = validation_count(val_set, TIERS, config.eval.per_tier)
     console.print(f"an evaluation: {pairs} pairs of {config.eval.crop} px; run folder: {folder.path} ({state})")
@@ -91,11 +94,11 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
-def _print_plan(console: Console, config: Config, train_set: ShardSet, world: int) -> None:
+def _print_plan(console: Console, config: Config, sets: list[ShardSet], world: int) -> None:
     """The first global batches as the ranks will make them: decoded, blurred, counted."""
     single = config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})})
     loaders = [
-        iter(pair_loader(single, train_set, start=0, batches=BATCHES_SHOWN, rank=rank, world=world))
+        iter(pair_loader(single, sets, start=0, batches=BATCHES_SHOWN, rank=rank, world=world))
         for rank in range(min(world, 2))
     ]
     table = Table("step", "rank", "sample", "box (top, left, px)", "tier", "extent, px", "input PSNR, dB",

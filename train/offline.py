@@ -11,13 +11,12 @@ from rich.progress import Progress
 
 from data.blur import TIERS
 from data.loader import validation_count, validation_pairs
-from data.shards import ShardSet
 from train.evaluate import evaluate_pairs
 from train.report import draw_panel, write_report
 from train.run_folder import git_commit
 from train.saved import describe, load_model, loss_state
 from train.session import VALIDATION_SEED, panel_numbers
-from train.sources import data_sources
+from train.sources import data_sources, open_set
 from train.task import DeblurTask
 
 
@@ -41,7 +40,7 @@ def evaluate_saved(
         raise ValueError(f"{out / 'report.md'}: exists: choose another folder, or --overwrite")
     network, config, folder = load_model(run, device, which)
     source = data or str(data_sources(config)[1])
-    val_set = ShardSet(data or data_sources(config)[1].path)
+    val_set = open_set(data or data_sources(config)[1].path, config)
     crops, side = per_tier or config.eval.per_tier, crop or config.eval.crop
     measured = loss_state(folder) if config.model.prior else None
     task = None

@@ -106,7 +106,8 @@ def config_digest(config: Config) -> str:
     facts = config.model_dump(mode="json", exclude={"run": {"name", "root"}, "checkpoint": True, "eval": True})
     for key in ("log_every",):
         del facts["train"][key]
-    for key in ("workers", "train", "val"):  # the index's digest stands for the data itself
+    facts["data"]["weights"] = [source["weight"] for source in facts["data"]["train"] or [{"weight": 1.0}]]
+    for key in ("workers", "train", "val", "cache"):  # the index's digest stands for the data itself
         del facts["data"][key]
     for key in ("cpu_threads", "timeout_minutes"):
         del facts["engine"][key]

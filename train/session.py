@@ -27,7 +27,7 @@ from train.progress import TrainingProgress
 from train.report import draw_curve, draw_panel, write_report
 from train.run_folder import RunFolder, config_digest, git_commit, log, start_logging
 from train.saved import model_folder
-from train.sources import data_sources, pair_loader
+from train.sources import data_sources, digest_of, open_sets, pair_loader
 from train.task import CALIBRATION_CROPS, DeblurTask, build_model, trainable
 
 VALIDATION_SEED = 0  # the validation list is the same for every training seed
@@ -53,12 +53,11 @@ class Session:
                 start_logging(self.folder, self.console)
         with engine.agreed():
             train, val = data_sources(config)
-            self.train_set, self.val_set = (
-                ShardSet(source.path, check=config.data.max_bad_fraction == 0) for source in (train, val)
-            )
-        log.info("training data: %s, %d samples", train, len(self.train_set))
+            self.train_sets, self.val_set = open_sets(config)
+        for source, shards in zip(train, self.train_sets, strict=True):
+            log.info("training data: %s, %d samples", source, len(shards))
         log.info("validation data: %s, %d samples", val, len(self.val_set))
-        self.sources = {"training data": str(train), "validation data": str(val)}
+        self.sources = {"training data": "; ".join(map(str, train)), "validation data": str(val)}
         checkpoint = self._checkpoint_to_resume(resume)
         with engine.agreed():
             self._build(checkpoint, init)
@@ -99,7 +98,7 @@ class Session:
             }
         )
         batches = CALIBRATION_CROPS // single.train.batch
-        for batch in pair_loader(single, self.train_set, start=0, batches=batches, rank=0, world=1):
+        for batch in pair_loader(single, self.train_sets, start=0, batches=batches, rank=0, world=1):
             yield batch["blurry"], batch["sharp"]
 
     # -- resuming -----------------------------------------------------------------------------------------------------
@@ -144,7 +143,7 @@ class Session:
                     f"{path}: was written with {name} {was}, not {now}: use {was}, or start a run from its weights "
                     f"with --init {path}"
                 )
-        if state.index_digest != self.train_set.digest:
+        if state.index_digest != digest_of(self.train_sets):
             raise CheckpointError(f"{path}: the training data's index changed since: start a run with --init {path}")
         if state.config_digest != config_digest(config):
             from train.config_file import load_config
@@ -164,8 +163,8 @@ class Session:
         config, engine = self.config, self.engine
         left = config.train.steps - self.step
         stream = pair_loader(
-            config, self.train_set, start=self.step * config.train.batch, batches=left, rank=engine.rank,
-            world=engine.world, pin_memory=engine.device.type == "cuda",
+            config, self.train_sets, start=self.step * config.train.batch, batches=left, rank=engine.rank,
+            world=engine.world, pin_memory=engine.device.type == "cuda", device=engine.device,
         )  # fmt: skip
         if engine.main:
             self.progress = TrainingProgress(self.console, self.step, config.train.steps)
@@ -240,7 +239,7 @@ class Session:
             zero=self.config.engine.zero,
             seed=self.config.run.seed,
             config_digest=config_digest(self.config),
-            index_digest=self.train_set.digest,
+            index_digest=digest_of(self.train_sets),
             git_commit=self._commit,
             gain=self.gain if fresh else None,
         )

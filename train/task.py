@@ -29,6 +29,7 @@ def build_model(config: Config, *, read_weights: bool = True) -> Deblurrer:
         student=model.student.name,
         student_weights=model.student.weights,
         student_batch_norm=model.student.batch_norm,
+        student_frozen_levels=model.student.frozen_levels,
         fusion_width=model.student.width,
         residual_prior=model.student.residual,
         spe_dim=model.spe.dim,

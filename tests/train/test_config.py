@@ -6,6 +6,7 @@ import pytest
 
 from train.config import Config
 from train.config_file import ConfigError, build_config, dump_config, load_config, override
+from train.sources import data_sources
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -81,3 +82,29 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused():
     assert config.micro_batch(2) == 2
     with pytest.raises(ValueError, match="not divisible by 3 ranks × 2"):
         config.micro_batch(3)
+
+
+def test_training_data_is_one_set_or_several_with_weights(tmp_path, monkeypatch):
+    monkeypatch.delenv("SHARPPRIOR_DATA", raising=False)
+    path = write(tmp_path / "a.yaml", "data: {train: [{path: a, weight: 3}, {path: b}], val: c}\n")
+    train, val = data_sources(load_config(path))
+    assert [(source.path, source.weight) for source in train] == [("a", 3.0), ("b", 1.0)]
+    assert val.path == "c"
+    with pytest.raises(ConfigError, match="did you mean weight"):
+        load_config(write(tmp_path / "b.yaml", "data: {train: [{path: a, wieght: 3}]}\n"))
+
+
+def test_the_variable_names_the_data_unless_the_configuration_does(tmp_path, monkeypatch):
+    monkeypatch.delenv("SHARPPRIOR_DATA", raising=False)
+    assert all("bundled" in source.why for source in (*data_sources(Config())[0], data_sources(Config())[1]))
+    (tmp_path / "train").mkdir()
+    monkeypatch.setenv("SHARPPRIOR_DATA", str(tmp_path))
+    (train,), val = data_sources(Config())
+    assert train.path == str(tmp_path / "train")
+    assert "bundled" in val.why
+    (tmp_path / "val").mkdir()
+    assert data_sources(Config())[1].path == str(tmp_path / "val")
+    (train,), _ = data_sources(override(Config(), ["data.train=elsewhere"]))
+    assert train.path == "elsewhere"
+    monkeypatch.setenv("SHARPPRIOR_DATA", "s3://bucket/set")
+    assert data_sources(Config())[0][0].path == "s3://bucket/set"
