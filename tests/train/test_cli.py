@@ -128,3 +128,37 @@ def test_verify_names_the_shard_and_the_sample(runs, sharpprior, tmp_path):
     assert status == 1
     assert f"{shard['name']}: sample {shard['keys'][0]}.jpg" in text
     assert "1 problem" in error
+
+
+def test_prepare_a_folder_then_verify_and_describe_it(runs, sharpprior, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "shards"
+    photos.mkdir()
+    for number in range(3):
+        array = np.random.Generator(np.random.Philox(number)).integers(0, 256, (150, 170, 3), dtype=np.uint8)
+        Image.fromarray(array).save(photos / f"Photo {number}.png")
+    status, text, _ = sharpprior("prepare", "folder", photos, out, "--tile", 100, "--workers", 1)
+    assert status == 0
+    assert "12 samples" in text
+    assert sharpprior("verify", out)[0] == 0
+    status, text, _ = sharpprior("stats", out, "--pairs", 4, "--crop", 64, "-o", tmp_path / "extents.png")
+    assert status == 0
+    assert "12 samples" in text
+    assert (tmp_path / "extents.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("prepare", "goprro", "{tmp}", "{tmp}/out"), "gopro"),
+        (("prepare", "gopro", "{tmp}", "{tmp}/out"), "train"),
+        (("prepare", "folder", "{tmp}/absent", "{tmp}/out"), "absent"),
+        (("prepare", "video", "{tmp}", "{tmp}/out", "--levels", "7,x"), "--levels 7,x"),
+        (("prepare", "video", "{tmp}", "{tmp}/out", "--levels", "8"), "odd numbers"),
+    ],
+)
+def test_mistakes_of_prepare_are_one_line(sharpprior, tmp_path, arguments, words):
+    status, _, error = sharpprior(*[text.format(tmp=tmp_path) for text in arguments])
+    assert status == 1
+    assert error.startswith("error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert words in error
