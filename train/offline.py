@@ -12,7 +12,7 @@ from rich.progress import Progress
 from data.blur import TIERS
 from data.loader import validation_count, validation_pairs
 from train.evaluate import evaluate_pairs
-from train.report import draw_panel, write_report
+from train.report import draw_panel, tier_lines, write_report
 from train.run_folder import git_commit
 from train.saved import describe, load_model, loss_state
 from train.session import VALIDATION_SEED, panel_numbers
@@ -61,14 +61,8 @@ def evaluate_saved(
             on_pair=lambda: bar.advance(row),
         )
     facts = {"model": f"{folder} ({describe(folder)})", "validation data": source, "crops": f"{side} px"}
-    for summary in evaluation.tiers():
-        console.print(
-            f"{summary.tier:9s} {summary.pairs:4d} pairs  {summary.input_psnr:6.2f} → {summary.restored_psnr:6.2f} dB  "
-            f"gain {summary.gain:+.3f} ({summary.low:+.3f} … {summary.high:+.3f})  "
-            f"SSIM {summary.input_ssim:.4f} → {summary.restored_ssim:.4f}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    for line in tier_lines(evaluation):
+        console.print(line, highlight=False, soft_wrap=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw_panel(evaluation.pictures)).save(out / "panel.png")

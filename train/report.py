@@ -84,6 +84,15 @@ def tier_table(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
+def tier_lines(evaluation: Evaluation) -> list[str]:
+    """The table as plain lines for a terminal."""
+    return [
+        f"{row.tier:9s} {row.pairs:4d} pairs  {row.input_psnr:6.2f} → {row.restored_psnr:6.2f} dB  "
+        f"gain {row.gain:+.3f} ({row.low:+.3f} … {row.high:+.3f})  SSIM {row.input_ssim:.4f} → {row.restored_ssim:.4f}"
+        for row in evaluation.tiers()
+    ]
+
+
 def similarity_table(evaluation: Evaluation, before: Sequence[float]) -> str:
     """Mean cosine similarity to the teacher per level: at the start, now, and of the teacher's view of the blurry."""
     lines = [

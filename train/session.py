@@ -24,7 +24,7 @@ from train.engine import Engine
 from train.evaluate import Evaluation, evaluate_pairs, merge
 from train.loop import StepResult
 from train.progress import TrainingProgress
-from train.report import draw_curve, draw_panel, write_report
+from train.report import draw_curve, draw_panel, tier_lines, write_report
 from train.run_folder import RunFolder, config_digest, git_commit, log, start_logging
 from train.saved import model_folder
 from train.sources import data_sources, digest_of, open_sets, pair_loader
@@ -278,7 +278,9 @@ class Session:
             before=first.get("similarity", []),
             notes=self._notes(records),
         )
-        log.info("report: %s", self.folder.path / "report.md")
+        for line in tier_lines(self.evaluation):
+            log.info(line)
+        log.info("report: %s  pictures: %s", self.folder.path / "report.md", self.folder.path / "panel.png")
 
     def _facts(self, records: list[dict]) -> dict[str, str]:
         config = self.config
