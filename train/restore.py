@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from train.config import Config
-from train.picture import READABLE, Picture, PictureError, read_picture, write_picture
+from train.picture import READABLE, Picture, PictureError, check_target, read_picture, write_picture
 from train.run_folder import log
 
 TILE_FACTOR = 1.5  # of the training crop: the statistics of semantic attention drift on much larger images
@@ -101,8 +101,7 @@ def _ramp(length: int) -> torch.Tensor:
 
 def restore_file(network: torch.nn.Module, source: Path, target: Path, *, tile: int | None, overwrite: bool) -> Picture:
     """Restore one photograph file into another. PictureError names the file."""
-    if target.exists() and not overwrite:
-        raise PictureError(f"{target}: exists: choose another name, or --overwrite")
+    check_target(target, overwrite=overwrite)
     picture = read_picture(source)
     image = torch.from_numpy(np.ascontiguousarray(picture.rgb.transpose(2, 0, 1)))
     restored = restore_image(network, image, tile)
@@ -125,13 +124,21 @@ def restore_all(
     `on_file(path, problem)` is told of each. A picture that cannot be read does not stop the others.
     """
     if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix.lower() in READABLE and path.is_file())
+        files = sorted(
+            path
+            for path in source.iterdir()
+            if path.suffix.lower() in READABLE and path.is_file() and not path.name.startswith(".")
+        )
         if not files:
             raise PictureError(f"{source}: no pictures in this folder ({', '.join(READABLE)})")
         if target.is_file():
             raise PictureError(f"{target}: is a file: give a folder for a folder")
-        target.mkdir(parents=True, exist_ok=True)
         jobs = [(path, target / _writable_name(path)) for path in files]
+        names = [destination.name for _, destination in jobs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise PictureError(f"{source}: two of its pictures would become {twice}: rename one")
+        target.mkdir(parents=True, exist_ok=True)
     else:
         jobs = [(source, target / _writable_name(source) if target.is_dir() else target)]
     failed = 0

@@ -5,8 +5,9 @@ from itertools import pairwise
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import nn
 
 from model.deblurrer import Deblurred
@@ -165,3 +166,92 @@ def test_errors_name_the_file(name, words, tmp_path):
         read_picture(tmp_path / name)
     with pytest.raises(PictureError, match=r"out\.xyz: unknown kind"):
         write_picture(tmp_path / "out.xyz", Picture(np.zeros((4, 4, 3), np.float32)))
+
+
+def test_tiffs_of_every_mode_are_written_as_tiffs_that_open(tmp_path):
+    rgb = Image.fromarray(np.random.Generator(np.random.Philox(2)).integers(0, 256, (14, 9, 3), dtype=np.uint8))
+    for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"):
+        source, target = tmp_path / f"{mode}.tif", tmp_path / f"{mode}-out.tif"
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010F] = 6, "camera"
+        image = ImageCms.profileToProfile(rgb, *_lab()) if mode == "LAB" else rgb.convert(mode)
+        image.save(source, exif=exif)
+        write_picture(target, read_picture(source))
+        with Image.open(target) as result:
+            result.load()
+            assert result.size == (14, 9), mode
+            assert result.getexif()[0x010F] == "camera"
+            wanted = np.rint(read_picture(source).rgb * 255)
+            assert np.abs(np.asarray(result.convert("RGB")).astype(int) - wanted).max() <= 1, mode
+
+
+def _lab():
+    return ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), 0, "LAB"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_files_keep_their_profile_and_maker(suffix, tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "camera"
+    array = np.random.Generator(np.random.Philox(2)).integers(0, 65536, (7, 9, 3))
+    picture = Picture((array / 65535).astype(np.float32), 16, icc=b"a profile", exif=exif.tobytes())
+    write_picture(tmp_path / f"a{suffix}", picture)
+    again = read_picture(tmp_path / f"a{suffix}")
+    assert again.bits == 16
+    assert again.icc == b"a profile"
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        assert image.getexif()[0x010F].rstrip("\0") == "camera"
+    np.testing.assert_array_equal(np.rint(again.rgb * 65535), array)
+
+
+def test_a_rotated_16_bit_tiff_stays_16_bit(tmp_path):
+    array = np.random.Generator(np.random.Philox(2)).integers(0, 65536, (7, 9, 3)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="rgb", metadata=None, extratags=[(274, 3, 1, 6, True)])
+    picture = read_picture(tmp_path / "a.tif")
+    assert (picture.bits, picture.rgb.shape) == (16, (9, 7, 3))
+    np.testing.assert_array_equal(np.rint(picture.rgb * 65535), np.rot90(array, -1))
+
+
+def test_a_colour_that_stands_for_transparency_becomes_alpha(tmp_path):
+    rgb = np.zeros((4, 5, 3), np.uint8)
+    rgb[0, 0] = (1, 2, 3)
+    Image.fromarray(rgb).save(tmp_path / "rgb.png", transparency=(1, 2, 3))
+    Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png", transparency=1)
+    for name, grey in (("rgb.png", False), ("grey.png", True)):
+        picture = read_picture(tmp_path / name)
+        assert picture.grey == grey
+        assert picture.alpha[0, 0] == 0
+        assert picture.alpha[1, 1] == 255
+
+
+def test_what_would_be_lost_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "float.tif", np.random.Generator(np.random.Philox(1)).random((4, 5), np.float32))
+    tifffile.imwrite(tmp_path / "deep.tif", np.zeros((4, 5), np.uint32))
+    frames = [Image.new("RGB", (4, 5), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+    for name, words in (("float.tif", "8 or 16 bits"), ("deep.tif", "8 or 16 bits"), ("pages.tif", "2 pages"),
+                        ("moving.webp", "2 pages or frames")):  # fmt: skip
+        with pytest.raises(PictureError, match=rf"{name}: has .*{words}"):
+            read_picture(tmp_path / name)
+
+
+def test_two_pictures_of_a_folder_never_become_one_file(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "a.bmp", ".hidden.png"):
+        Image.new("RGB", (4, 5)).save(tmp_path / "in" / name)
+    with pytest.raises(PictureError, match=r"would become a\.png"):
+        restore_all(Known(), tmp_path / "in", tmp_path / "out", tile=None, overwrite=True, on_file=lambda *_: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_target_is_told_before_any_work(tmp_path):
+    network = Known()
+    Image.new("RGB", (4, 5)).save(tmp_path / "a.png")
+    told = []
+    for target in ("a.gif", "absent/b.png"):
+        restore_all(network, tmp_path / "a.png", tmp_path / target, tile=None, overwrite=False,
+                    on_file=lambda _, problem: told.append(problem))  # fmt: skip
+    assert "unknown kind" in told[0]
+    assert "no folder" in told[1]
+    assert not network.sizes
