@@ -115,14 +115,11 @@ def pixel_strides(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def needs_int64(*maps: Tensor) -> bool:
-    """Whether an element offset inside one sample of a map can pass 2^31 − 1 once tiles are padded to 512 pixels."""
-    return any(_extent(tensor) > 2**31 - 1 for tensor in maps)
+    """Whether an element's offset inside one sample of a map [B, C, N] passes 2^31 − 1.
 
-
-def _extent(tensor: Tensor) -> int:
-    _, channels, pixels = tensor.shape
-    padded = (max(channels, 512) - 1) * tensor.stride(1) + (pixels + 512) * tensor.stride(2)
-    return padded
+    Offsets of padded lanes may wrap: they are masked, never read. A sample's own offset is 64-bit always.
+    """
+    return any((m.shape[1] - 1) * m.stride(1) + (m.shape[2] - 1) * m.stride(2) > 2**31 - 1 for m in maps)
 
 
 def splits_over_pixels(pixels: int, batch: int, block: int) -> tuple[int, int]:

@@ -129,6 +129,7 @@ def share_kernel(
     m_n = o_n < N
     o_y, o_x = o_n // WIDTH, o_n % WIDTH
     o_row = pid_bg * N + o_n
+    level_size = tl.full((), BG, tl.int64) * N
     b_lse = tl.load(lse + o_row, mask=m_n, other=0.0)
     b_mean = tl.zeros((BLOCK_N,), ACC)
     for level in tl.static_range(LEVELS):
@@ -147,8 +148,8 @@ def share_kernel(
             b_dp = tl.load(dp + pid_b * spb + o_p, mask=mask, other=0.0).to(ACC)
             b_grad += tl.sum(sample_tile(values[level] + pid_b * sb, o_c * sc, o_tap, b_tap, mask, ACC) * b_dp, 0)
         b_mean += b_share * b_grad
-        tl.store(share + level * BG * N + o_row, b_share, mask=m_n)
-        tl.store(d_share + level * BG * N + o_row, b_grad, mask=m_n)
+        tl.store(share + level * level_size + o_row, b_share, mask=m_n)
+        tl.store(d_share + level * level_size + o_row, b_grad, mask=m_n)
     tl.store(mean + o_row, b_mean, mask=m_n)
 
 

@@ -131,7 +131,8 @@ def test_index_width_follows_the_extent_of_one_sample():
     assert not needs_int64(meta(64, 4096, 4096))  # 2^30
     assert needs_int64(meta(64, 8192, 6144))  # 3·2^30 > 2^31
     assert needs_int64(meta(64, 8192, 6144, torch.channels_last))
-    assert needs_int64(meta(512, 2048, 2048))  # exactly 2^31
+    assert not needs_int64(meta(512, 2048, 2048))  # exactly 2^31 elements: the last offset is 2^31 − 1
+    assert needs_int64(meta(512, 2048, 2049))
     assert not needs_int64(torch.empty(4096, 64, 1024, device="meta"))  # the batch's offset is 64-bit always
     assert needs_int64(meta(16, 8, 8), meta(64, 8192, 6144))
 

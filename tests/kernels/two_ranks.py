@@ -60,6 +60,7 @@ def rank_main(rank: int, world: int, strategy: str, folder: str) -> None:
             "train_micro_batch_size_per_gpu": BATCH // world,
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
             "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,  # DeepSpeed clips to 1 unless told
         }
         engine, optimizer, _, _ = deepspeed.initialize(model=spe, optimizer=optimizer, config=config)
         assert spe.attend.query_weight.numel() == 0, "ZeRO-3 did not shard the parameters"
