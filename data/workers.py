@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
 import cv2
@@ -20,6 +21,13 @@ def worker_context() -> BaseContext:
     """A fork server: forking this process, with its OpenMP, CUDA and gloo threads, can hang the child."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
+    if threading.current_thread() is threading.main_thread():
+        # Ctrl-C reaches every process of the terminal: the server, and workers before `init_worker`, inherit deafness.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
     return context
 
 

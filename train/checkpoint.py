@@ -12,11 +12,13 @@ checkpoints/latest, best     the name of a folder
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,6 +48,7 @@ class RunState:
     seed: int
     config_digest: str
     index_digest: str
+    val_digest: str
     git_commit: str | None
     gain: float | None = None
 
@@ -88,6 +91,15 @@ class Checkpoints:
             damaged.append(problem)
         return None, damaged
 
+    def set_aside_newer(self, step: int) -> None:
+        """Take checkpoints after `step` out of the count: the run goes on from there and will write those steps again,
+        and pruning must not keep them in place of sound ones. They stay on the disk as `….replaced`."""
+        for newer in self.steps():
+            if newer > step:
+                aside = self.path(newer).with_suffix(".replaced")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(self.path(newer), aside)
+
     def best(self) -> Path | None:
         """The checkpoint with the largest gain on the severe tiers, if one was evaluated and is still there."""
         pointer = self.folder / "best"
@@ -102,13 +114,21 @@ class Checkpoints:
             if engine.main:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
-        with engine.agreed():
+        with engine.agreed(), _writing(unfinished):
             engine.engine.save_checkpoint(str(unfinished / "engine"), tag="state", save_latest=False)
             if engine.main or state.zero == 3:
                 torch.save(ema.state_dict(), unfinished / f"ema-rank{engine.rank}.pt")
             torch.save(_random_state(), unfinished / f"rng-rank{engine.rank}.pt")
         weights = averaged_weights(engine, ema)
         with engine.agreed():
+            broken = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+            if broken is not None:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise CheckpointError(
+                    f"{final}: not written, the weights are not finite ({broken}): start again from an older "
+                    "checkpoint: --init it, with a lower optim.lr and another run.name"
+                )
+        with engine.agreed(), _writing(unfinished):
             if engine.main:
                 save_pretrained(unfinished, weights, config.model_dump(mode="json"))
                 torch.save(loss_state, unfinished / "loss.pt")
@@ -132,12 +152,31 @@ class Checkpoints:
 
     def _prune(self, state: RunState) -> None:
         best = self.best()
-        if state.gain is not None and (best is None or state.gain > (read_state(best).gain or float("-inf"))):
+        if state.gain is not None and (best is None or state.gain > self._gain_of(best)):
             best = self.path(state.step)
             write_text(self.folder / "best", best.name + "\n")
         for step in self.steps()[: -self.keep]:
-            if self.path(step) != best:
+            if self.path(step) != best and step != state.step:
                 shutil.rmtree(self.path(step))
+
+    def _gain_of(self, path: Path) -> float:
+        try:
+            gain = read_state(path).gain
+        except CheckpointError:  # damaged: anything is better
+            return float("-inf")
+        return float("-inf") if gain is None else gain
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A failure to write (a full disk, which torch calls a RuntimeError) as one line; the older ones are untouched."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{folder}: the checkpoint cannot be written ({reason}): free space there; the older checkpoints are whole"
+        ) from error
 
 
 def averaged_weights(engine: Engine, ema: Ema) -> dict[str, torch.Tensor]:

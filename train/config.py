@@ -62,7 +62,7 @@ class DataSection(Section):
     margin: int = Field(default=80, ge=0)
     """Distance of crop boxes from the photograph's edge where its size allows, px: blur reads light from beyond."""
     max_bad_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Part of a set's samples that may be unreadable; they are replaced and reported. 0: the first one is an error."""
+    """Part of a training set's samples that may be unreadable; they are replaced and reported. 0: none."""
     window: int = Field(default=8, ge=1)
     """Shards whose samples are mixed with each other."""
     workers: int = Field(default=2, ge=0)
@@ -232,6 +232,15 @@ class Config(Section):
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _learnable(self) -> Config:
+        loss = self.loss
+        if self.train.distill_steps and not self.model.prior:
+            raise ValueError("train.distill_steps trains the student alone, but model.prior is false: set one of them")
+        if self.model.prior and self.train.distill_steps and not (loss.structure or loss.context or loss.logits):
+            raise ValueError("train.distill_steps has nothing to learn: loss.structure, context and logits are all 0")
+        return self
 
     def micro_batch(self, world: int) -> int:
         """Pairs per rank and micro-batch. ValueError if `world` ranks and the accumulation do not divide the batch."""

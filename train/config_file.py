@@ -159,6 +159,8 @@ def _explain(error: ValidationError, places: Mapping[Keys, Place]) -> str:
         message = f"{place}: unknown key {name}" + (f": {hint}" if hint else "")
     else:
         text = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "string_type" and not isinstance(first["input"], (dict, list)):
+            text += ": put quotes round it"
         given = "" if isinstance(first["input"], (dict, BaseModel)) else f" (given: {first['input']!r})"
         message = f"{place}: {name}: {text}{given}"
     more = len(problems) - 1

@@ -28,7 +28,9 @@ def dry_run(config: Config, ranks: int | None) -> None:
     """Print parameters, MACs, memory per rank, steps and the plan's first batches. ValueError on what would stop a run
     of `ranks` (default: the launcher's number) ranks, but for a run folder that exists, which is only said."""
     console = Console()
-    world = ranks or world_size()
+    world = world_size() if ranks is None else ranks
+    if world < 1:
+        raise ValueError(f"--ranks {world}: at least 1")
     micro = config.micro_batch(world)
     deepspeed_settings(config, world)
     sets, val_set = open_sets(config)

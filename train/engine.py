@@ -38,8 +38,10 @@ def set_launch_defaults() -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # A killed extension build leaves a lock that hangs every later one in the same folder.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"sharpprior-ext-{os.getuid()}"))
+    # A killed extension build leaves a lock that hangs every later one in the same folder: one folder a job. The ranks
+    # of a node share their launcher, and so its pid.
+    job = os.environ.get("SLURM_JOB_ID") or f"{os.getppid()}"
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"sharpprior-ext-{job}"))
 
 
 def world_size() -> int:
@@ -78,6 +80,8 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
         if key in OURS:
             raise ValueError(f"engine.deepspeed.{key} is set by the configuration's own fields: use those")
         if key == "zero_optimization":
+            if not isinstance(value, dict):
+                raise ValueError(f"engine.deepspeed.zero_optimization: expected settings, not {value!r}")
             taken = [name for name in value if name in OURS_ZERO]
             if taken:
                 raise ValueError(f"engine.deepspeed.zero_optimization.{taken[0]} is set by the engine's own fields")
@@ -189,6 +193,12 @@ class Engine:
         things: list[Any] = [None] * self.world
         dist.all_gather_object(things, thing)
         return things
+
+    def share_buffers(self) -> None:
+        """Rank 0's buffers on every rank: BatchNorm on batch statistics lets them differ, and only one set is saved."""
+        if self.world > 1:
+            for buffer in (b for b in self.module.buffers() if b.is_floating_point()):
+                dist.broadcast(buffer, 0)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -37,11 +37,11 @@ class Score:
 
 @dataclass(frozen=True)
 class TierSummary:
-    """Means over the pairs of one tier; `low` and `high` bound the mean gain (95 % bootstrap over photographs)."""
+    """Means over the pairs of one tier; `low`, `high` bound the mean gain (95 %, bootstrap over samples)."""
 
     tier: str
     pairs: int
-    photographs: int
+    samples: int
     input_psnr: float
     restored_psnr: float
     gain: float

@@ -93,7 +93,8 @@ def zero_loss(engine: Engine, task: DeblurTask, batch: dict, distill: bool) -> t
     loss, _ = task.losses(engine.forward, black, distill=distill, autocast=engine.autocast())
     if not torch.isfinite(loss):
         raise DivergedError(
-            "the weights themselves are not finite: the run diverged; resume the last checkpoint with a lower optim.lr"
+            "the weights themselves are not finite: the run diverged; start again from its last checkpoint: --init it, "
+            "with a lower optim.lr and another run.name"
         )
     return loss * 0.0
 

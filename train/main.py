@@ -43,7 +43,11 @@ def train(args: argparse.Namespace) -> None:
     from train.session import Session
 
     if args.dry_run:
+        if args.resume or args.init:
+            raise ValueError("--dry-run trains nothing: leave out --resume and --init")
         return dry_run(config, args.ranks)
+    if args.ranks is not None:
+        raise ValueError("--ranks plans a --dry-run; the launcher decides how many ranks a run has")
 
     engine = Engine(config)
     with Session(config, engine, resume=args.resume, init=args.init) as run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -47,7 +48,9 @@ def evaluate_saved(
     if measured:
         task = DeblurTask(config, device)
         task.load_state_dict(measured)
-    with Progress(console=console, transient=True) as bar:
+    bf16 = config.engine.precision == "bf16"
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    with Progress(console=console, transient=True) as bar, autocast:
         row = bar.add_task("restoring", total=validation_count(val_set, TIERS, crops))
         evaluation = evaluate_pairs(
             network,
@@ -60,6 +63,9 @@ def evaluate_saved(
             keep=panel_numbers(config.eval.panels, val_set, crops),
             on_pair=lambda: bar.advance(row),
         )
+    console.print(
+        f"model: {folder} ({describe(folder)})  data: {source}", markup=False, highlight=False, soft_wrap=True
+    )
     facts = {"model": f"{folder} ({describe(folder)})", "validation data": source, "crops": f"{side} px"}
     for line in tier_lines(evaluation):
         console.print(line, highlight=False, soft_wrap=True)

@@ -76,7 +76,7 @@ def tier_table(evaluation: Evaluation) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in evaluation.tiers():
-        interval = f"{row.low:+.3f} … {row.high:+.3f}" if np.isfinite(row.low) else "one photograph: no interval"
+        interval = f"{row.low:+.3f} … {row.high:+.3f}" if np.isfinite(row.low) else "one sample: no interval"
         lines.append(
             f"| {row.tier} | {row.pairs} | {row.input_psnr:.2f} | {row.restored_psnr:.2f} "
             f"| {row.gain:+.3f} ({interval}) | {row.input_ssim:.4f} | {row.restored_ssim:.4f} |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -18,6 +19,9 @@ from train.config import Config
 from train.config_file import dump_config
 
 log = logging.getLogger("sharpprior")
+
+
+_MADE_AT_START = {".lock", "config.yaml", "log.txt", "checkpoints", "tensorboard"}
 
 
 class RunFolderError(ValueError):
@@ -47,10 +51,12 @@ class RunFolder:
         """Create the folder. RunFolderError if it exists without `resume`, or cannot be written."""
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"{self.path}: is a file: choose another run.name or run.root")
-        if self.path.is_dir() and any(self.path.iterdir()) and not resume:
+        if self.started() and not resume:
             raise RunFolderError(
                 f"{self.path}: this run exists: go on with it (--resume auto), or start another (--set run.name=…)"
             )
+        if self.path.is_dir() and not resume and any(entry.name not in _MADE_AT_START for entry in self.path.iterdir()):
+            raise RunFolderError(f"{self.path}: holds other files: choose another run.name or run.root")
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -60,6 +66,18 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: cannot write the run's folder: {error.strerror}: choose another with --set run.root=…"
             ) from None
+
+    def started(self) -> bool:
+        """Whether something was measured or saved there; a run that failed before that may be started again."""
+        return self.metrics.exists() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+
+    def lock(self) -> None:
+        """Hold the run's folder as long as this process lives. RunFolderError if another one does."""
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (closing it would let go)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunFolderError(f"{self.path}: another process is training this run: wait, or stop it") from None
 
     def write_config(self, config: Config) -> None:
         """The resolved configuration, readable back by `--config`."""
@@ -101,17 +119,24 @@ def start_logging(folder: RunFolder | None, console: Console) -> None:
         log.addHandler(kept)
 
 
-def config_digest(config: Config) -> str:
-    """Hash of everything that decides the losses of a run: not its name, its length, or what is written when."""
+def deciding(config: Config) -> dict[str, Any]:
+    """What of a configuration decides the losses of a run: not its name, nor what is written when, nor who computes.
+    The data themselves are known by their index's digest."""
     facts = config.model_dump(mode="json", exclude={"run": {"name", "root"}, "checkpoint": True, "eval": True})
-    for key in ("log_every",):
-        del facts["train"][key]
     facts["data"]["weights"] = [source["weight"] for source in facts["data"]["train"] or [{"weight": 1.0}]]
-    for key in ("workers", "train", "val", "cache"):  # the index's digest stands for the data itself
-        del facts["data"][key]
-    for key in ("cpu_threads", "timeout_minutes"):
-        del facts["engine"][key]
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    for section, keys in (
+        ("data", ("workers", "train", "val", "cache")),
+        ("train", ("log_every",)),
+        ("engine", ("cpu_threads", "timeout_minutes")),
+    ):
+        for key in keys:
+            del facts[section][key]
+    return facts
+
+
+def config_digest(config: Config) -> str:
+    """Hash of `deciding`, to compare runs by."""
+    return hashlib.blake2b(json.dumps(deciding(config), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def git_commit() -> str | None:

@@ -18,7 +18,11 @@ def cosine_with_warmup(step: int, steps: int, warmup: int, final: float) -> floa
 
 
 def learning_rates(step: int, config: Config) -> tuple[float, float]:
-    """(restorer, prior) learning rates of a step. The restorer rests while the student distills."""
+    """(restorer, prior) learning rates of a step. The restorer rests while the student distills, then warms up too."""
     factor = cosine_with_warmup(step, config.train.steps, config.optim.warmup, config.optim.final_lr)
     lr = config.optim.lr * factor
-    return (0.0 if step < config.train.distill_steps else lr), lr * config.optim.prior_lr_scale
+    trained = step - config.train.distill_steps + 1  # steps of the restorer, this one counted
+    ramp = (
+        min(1.0, max(0, trained) / config.optim.warmup) if config.optim.warmup and config.train.distill_steps else 1.0
+    )
+    return (lr * ramp if trained > 0 else 0.0), lr * config.optim.prior_lr_scale

@@ -16,18 +16,20 @@ from rich.console import Console
 from data.blur import TIERS
 from data.loader import validation_count, validation_pairs
 from data.shards import ShardSet
+from model.deblurrer import Deblurrer
 from model.pretrained import load_pretrained
 from train.checkpoint import CheckpointError, Checkpoints, RunState, damage, read_state
 from train.config import Config
+from train.config_file import load_config
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluate import Evaluation, evaluate_pairs, merge
 from train.loop import StepResult
 from train.progress import TrainingProgress
 from train.report import draw_curve, draw_panel, tier_lines, write_report
-from train.run_folder import RunFolder, config_digest, git_commit, log, start_logging
+from train.run_folder import RunFolder, config_digest, deciding, git_commit, log, start_logging
 from train.saved import model_folder
-from train.sources import data_sources, digest_of, open_sets, pair_loader
+from train.sources import data_sources, digest_of, open_sets, pair_loader, with_resolved_data
 from train.task import CALIBRATION_CROPS, DeblurTask, build_model, trainable
 
 VALIDATION_SEED = 0  # the validation list is the same for every training seed
@@ -43,24 +45,35 @@ class Session:
     def __init__(self, config: Config, engine: Engine, *, resume: str | None, init: str | None) -> None:
         if resume and init and resume != "auto":
             raise ValueError("--resume and --init exclude each other: a resumed run has its weights")
-        self.config, self.engine = config, engine
         self.console = Console()
+        train, val = data_sources(config)
+        # Paths as they are now: the environment that chose them may not be there tomorrow.
+        config = with_resolved_data(config)
+        self.config, self.engine = config, engine
         self.folder = RunFolder.of(config)
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
         with engine.agreed():
             if engine.main:
                 self.folder.claim(resume=resume is not None)
+                self.folder.lock()
                 start_logging(self.folder, self.console)
         with engine.agreed():
-            train, val = data_sources(config)
             self.train_sets, self.val_set = open_sets(config)
         for source, shards in zip(train, self.train_sets, strict=True):
             log.info("training data: %s, %d samples", source, len(shards))
         log.info("validation data: %s, %d samples", val, len(self.val_set))
         self.sources = {"training data": "; ".join(map(str, train)), "validation data": str(val)}
         checkpoint = self._checkpoint_to_resume(resume)
+        if checkpoint is not None and init is not None:
+            log.info("--init %s is not used: the run goes on from its own checkpoint", init)
         with engine.agreed():
-            self._build(checkpoint, init)
+            module = self._build(checkpoint, init)
+        engine.wrap(module)
+        self.ema = Ema(engine.module, config.train.ema)
+        log.info(
+            "%d trained parameters, %d ranks on %s, ZeRO %d, %s",
+            trainable(engine.module), engine.world, engine.device.type, config.engine.zero, config.engine.precision,
+        )  # fmt: skip
         self.step, self.gain, self.evaluation = 0, None, None
         if checkpoint is not None:
             self.task.load_state_dict(self.checkpoints.restore(checkpoint, engine, self.ema))
@@ -70,7 +83,8 @@ class Session:
         self._seconds = 0.0
         self.progress: TrainingProgress | None = None
 
-    def _build(self, checkpoint: Path | None, init: str | None) -> None:
+    def _build(self, checkpoint: Path | None, init: str | None) -> Deblurrer:
+        """The module with its first weights and scales; nothing here waits for other ranks."""
         config, engine = self.config, self.engine
         self.task = DeblurTask(config, engine.device)
         module = build_model(config, read_weights=checkpoint is None).to(engine.device)
@@ -82,18 +96,13 @@ class Session:
             self.task.calibrate(module, self._calibration_batches())
             if init is not None and module.prior is not None:
                 load_pretrained(module, folder)  # with the scales that belong to these weights
-        engine.wrap(module)
-        self.ema = Ema(engine.module, config.train.ema)
-        log.info(
-            "%d trained parameters, %d ranks on %s, ZeRO %d, %s",
-            trainable(engine.module), engine.world, engine.device.type, config.engine.zero, config.engine.precision,
-        )  # fmt: skip
+        return module
 
     def _calibration_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The first pairs of the plan, whatever the number of ranks: the same on every rank."""
         single = self.config.model_copy(
             update={
-                "data": self.config.data.model_copy(update={"workers": 0}),
+                "data": self.config.data.model_copy(update={"workers": 0, "canonical_groups": 1}),
                 "train": self.config.train.model_copy(update={"accumulation": 1, "batch": 8}),
             }
         )
@@ -111,6 +120,7 @@ class Session:
                 found = self._find_checkpoint(resume)
                 if found is not None:
                     self._check_fits(found)
+                    self.checkpoints.set_aside_newer(read_state(found).step)
                 self.folder.rewind_metrics(read_state(found).step if found else -1)
         return engine.gather(found)[0]
 
@@ -143,18 +153,18 @@ class Session:
                     f"{path}: was written with {name} {was}, not {now}: use {was}, or start a run from its weights "
                     f"with --init {path}"
                 )
-        if state.index_digest != digest_of(self.train_sets):
-            raise CheckpointError(f"{path}: the training data's index changed since: start a run with --init {path}")
-        if state.config_digest != config_digest(config):
-            from train.config_file import load_config
-
-            differing = _differences(load_config(path / "config.yaml").model_dump(), config.model_dump())
+        for name, was, now in (
+            ("training", state.index_digest, digest_of(self.train_sets)),
+            ("validation", state.val_digest, self.val_set.digest),
+        ):
+            if was != now:
+                raise CheckpointError(f"{path}: the {name} data's index changed since: start a run with --init {path}")
+        differing = _differences(deciding(load_config(path / "config.yaml")), deciding(config))
+        if differing:
             raise CheckpointError(
                 f"{path}: the configuration differs ({', '.join(differing[:4])}): undo that, or start a run with "
                 f"--init {path}"
             )
-        if state.step > config.train.steps:
-            raise CheckpointError(f"{path}: is at step {state.step}, beyond train.steps {config.train.steps}")
 
     # -- the loop's calls ---------------------------------------------------------------------------------------------
 
@@ -204,6 +214,7 @@ class Session:
             rank=engine.rank, world=engine.world, margin=self.config.data.margin,
         )  # fmt: skip
         started = time.perf_counter()
+        self._share_batch_norm()
         with self.ema.in_place_of_weights(), engine.autocast():
             part = evaluate_pairs(
                 engine.module,
@@ -232,6 +243,7 @@ class Session:
     def save(self, step: int) -> Path:
         """Write a checkpoint of the step just done."""
         fresh = self.evaluation is not None and self._evaluated_at(step)
+        self._share_batch_norm()
         state = RunState(
             step=step,
             samples_consumed=step * self.config.train.batch,
@@ -240,12 +252,17 @@ class Session:
             seed=self.config.run.seed,
             config_digest=config_digest(self.config),
             index_digest=digest_of(self.train_sets),
+            val_digest=self.val_set.digest,
             git_commit=self._commit,
             gain=self.gain if fresh else None,
         )
         path = self.checkpoints.save(self.engine, self.ema, state, self.config, self.task.state_dict())
         log.info("checkpoint %s", path)
         return path
+
+    def _share_batch_norm(self) -> None:
+        if self.config.model.student.batch_norm == "batch":
+            self.engine.share_buffers()
 
     def _evaluated_at(self, step: int) -> bool:
         every = self.config.eval.every
@@ -259,10 +276,13 @@ class Session:
     def finish(self) -> None:
         """panel.png, curve.png, report.md."""
         self._stop_progress()
-        if not self.engine.main:
-            return
-        if self.evaluation is None:  # a finished run, resumed: its report is there
+        complete = all((self.folder.path / name).exists() for name in ("report.md", "panel.png", "curve.png"))
+        if self.evaluation is None and all(self.engine.gather(complete)):
             log.info("%s is finished: nothing to do", self.folder.path)
+            return
+        if self.evaluation is None:  # killed between its last checkpoint and its report
+            self.evaluate(self.step)
+        if not self.engine.main:
             return
         from PIL import Image
 
@@ -368,6 +388,6 @@ def _differences(a: dict, b: dict, prefix: str = "") -> list[str]:
         left, right = a.get(key), b.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
             names += _differences(left, right, f"{prefix}{key}.")
-        elif left != right and not prefix.startswith(("run.", "checkpoint.", "eval.")):
+        elif left != right:
             names.append(f"{prefix}{key} {left} → {right}")
     return sorted(names)

@@ -15,7 +15,7 @@ from data.loader import PairLoader
 from data.remote import ShardCache
 from data.shards import ShardSet
 from train import ROOT
-from train.config import Config
+from train.config import Config, SourceSection
 
 VARIABLE = "SHARPPRIOR_DATA"
 BUNDLED = ROOT / "data" / "samples"
@@ -55,6 +55,20 @@ def data_sources(config: Config) -> tuple[list[Source], Source]:
     if config.data.val is not None:
         val = Source(config.data.val, "from data.val")
     return train, val
+
+
+def with_resolved_data(config: Config) -> Config:
+    """The configuration with the data that it reads named in it; local paths are absolute."""
+    train, val = data_sources(config)
+    named = {
+        "train": [SourceSection(path=_absolute(source.path), weight=source.weight) for source in train],
+        "val": _absolute(val.path),
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=named)})
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def open_set(path: str, config: Config, *, check: bool = True) -> ShardSet:

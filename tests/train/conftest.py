@@ -61,10 +61,12 @@ class Runs:
             kept.pop(key, None)
         return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
-    def start(self, name: str, *arguments: str, ranks: int = 1, **changes: object) -> subprocess.Popen:
+    def start(
+        self, name: str, *arguments: str, ranks: int = 1, start_new_session: bool = False, **changes: object
+    ) -> subprocess.Popen:
         """Start a run and return its process."""
         return subprocess.Popen(
-            self.command(name, *arguments, ranks=ranks, **changes),
+            self.command(name, *arguments, ranks=ranks, **changes), start_new_session=start_new_session,
             cwd=ROOT, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

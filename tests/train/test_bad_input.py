@@ -73,6 +73,36 @@ def test_a_run_folder_that_cannot_be(runs, tmp_path, kind):
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_a_diverging_run_stops_and_says_so(runs):
-    _, error = runs.run("diverged", status=1, train__steps=30, optim__lr="1e30", optim__clip=0, optim__warmup=0)
+def test_a_diverging_run_stops_says_so_and_saves_nothing_broken(runs):
+    settings = {"train__steps": 30, "optim__lr": "1e39", "optim__clip": 0, "optim__warmup": 0, "checkpoint__every": 1}
+    _, error = runs.run("diverged", status=1, **settings)
     assert "optim.lr" in one_line(error)
+    assert "--init" in one_line(error)
+    assert [path.name for path in (runs.folder("diverged") / "checkpoints").iterdir()] == []
+
+
+def test_a_corrected_command_runs_after_an_early_mistake(runs, tmp_path):
+    _, error = runs.run("early", status=1, data__val=tmp_path / "nowhere")
+    assert "nowhere" in one_line(error)
+    _, error = runs.run("early", status=1, data__crop=640)
+    assert "640" in one_line(error)  # not: this run exists
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model__prior": "false", "train__distill_steps": 1}, "model.prior is false"),
+        ({"loss__structure": 0, "loss__context": 0, "train__distill_steps": 1}, "nothing to learn"),
+        ({"engine__deepspeed": "{zero_optimization: 1}"}, "expected settings"),
+        ({"run__name": "1e5"}, "quotes"),
+    ],
+)
+def test_settings_that_contradict_each_other(runs, settings, words):
+    _, error = runs.run("contradiction", status=1, **settings)
+    assert words in one_line(error)
+
+
+def test_options_that_would_be_ignored_are_refused(runs):
+    assert "dry-run" in one_line(runs.run("ignored", "--ranks", "2", status=1)[1])
+    assert "leave out" in one_line(runs.run("ignored", "--dry-run", "--resume", "auto", status=1)[1])
+    assert "at least 1" in one_line(runs.run("ignored", "--dry-run", "--ranks", "0", status=1)[1])

@@ -1,6 +1,7 @@
 """Whole training runs: what they write, that they resume exactly, that ranks and ZeRO stages change nothing."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -89,6 +90,38 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(runs, unbroken)
     assert "at step 6 of 12" in out
     assert runs.losses("damaged") == runs.losses(unbroken)
     assert damage(folder / "checkpoints/step-00000012") is None
+
+
+def test_a_run_killed_before_its_report_writes_it_when_resumed(runs, unbroken):
+    folder = runs.folder("unreported")
+    shutil.copytree(runs.folder(unbroken), folder)
+    wanted = (folder / "report.md").read_text().replace("unbroken", "unreported")
+    for name in ("report.md", "panel.png"):
+        (folder / name).unlink()
+    runs.run("unreported", "--resume", "auto", **LONG)
+    assert (folder / "report.md").read_text() == wanted
+    assert (folder / "panel.png").read_bytes() == (runs.folder(unbroken) / "panel.png").read_bytes()
+
+
+def test_a_run_starts_from_the_weights_of_another(runs, unbroken):
+    runs.run("continued", "--init", str(runs.folder(unbroken)), train__steps=1, data__workers=0)
+    first = next(record for record in runs.records("continued") if record["step"] == 0)
+    last = [record for record in runs.records(unbroken) if "tiers" in record][-1]
+    assert first["tiers"] == last["tiers"]
+    assert first["similarity"] == pytest.approx(last["similarity"], abs=0.05)
+
+
+def test_ctrl_c_while_workers_start_saves_and_exits_cleanly(runs):
+    process = runs.start("early-stop", data__workers=2, train__steps=500, start_new_session=True)
+    log = runs.folder("early-stop") / "log.txt"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and "step 0: gain" in log.read_text()):
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # the terminal's Ctrl-C goes to every process
+    _, error = process.communicate(timeout=120)
+    assert process.returncode in (0, 130), error
+    assert "Traceback" not in error
 
 
 @pytest.fixture(scope="session")

@@ -33,3 +33,12 @@ def test_the_restorer_rests_while_the_student_distills():
         assert prior > 0
     restorer, prior = learning_rates(5, config)
     assert prior == pytest.approx(0.5 * restorer)
+
+
+def test_the_restorer_warms_up_when_its_own_training_begins():
+    config = override(Config(), ["train.steps=100", "train.distill_steps=40", "optim.warmup=10"])
+    rates = [learning_rates(step, config)[0] for step in range(100)]
+    assert rates[:40] == [0] * 40
+    steady = [learning_rates(step, config)[1] for step in range(100)]
+    assert [rates[40 + i] / steady[40 + i] for i in range(10)] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[50:] == steady[50:]

@@ -12,7 +12,7 @@ def bootstrap_mean_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values`, resampling whole clusters.
 
-    Pairs made from one photograph are not independent, so photographs are drawn, each with all its values. With one
+    Pairs made from one picture are not independent, so pictures are drawn, each with all its values. With one
     cluster there is nothing to resample: (nan, nan). ValueError on empty input or unequal lengths.
     """
     if not len(values) or len(values) != len(clusters):
