@@ -1,0 +1,109 @@
+"""Checkpoints without a run: what is kept, what is refused, what a torn one looks like."""
+
+import contextlib
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from train.checkpoint import CheckpointError, Checkpoints, RunState, damage
+from train.config import Config
+from train.ema import Ema
+
+
+class OneProcess:
+    """As much of an engine as saving needs."""
+
+    main, rank, config = True, 0, Config()
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.engine = types.SimpleNamespace(save_checkpoint=self.write)
+
+    @staticmethod
+    def write(folder: str, tag: str, save_latest: bool) -> None:
+        torch.save({}, f"{folder}.pt")
+
+    def agreed(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
+def state(step: int, gain: float | None = None) -> RunState:
+    return RunState(step, step, 1, 0, 0, "", "", "", None, gain)
+
+
+@pytest.fixture
+def made(tmp_path):
+    module = nn.Linear(2, 2)
+    return Checkpoints(tmp_path / "checkpoints", 2), OneProcess(module), Ema(module, 0.0)
+
+
+def save(made, step: int, gain: float | None = None):
+    checkpoints, engine, ema = made
+    return checkpoints.save(engine, ema, state(step, gain), Config(), {})
+
+
+def test_the_newest_and_the_best_are_kept(made):
+    for step, gain in ((1, 0.1), (2, 0.5), (3, 0.2), (4, None), (5, 0.3)):
+        save(made, step, gain)
+    assert made[0].steps() == [2, 4, 5]
+    assert made[0].best().name == "step-00000002"
+
+
+def test_weights_that_are_not_finite_are_not_saved(made):
+    save(made, 1)
+    with torch.no_grad():
+        made[1].module.weight[0, 0] = float("nan")
+    made[2].update()
+    with pytest.raises(CheckpointError, match=r"not finite \(weight\).*--init"):
+        save(made, 2)
+    assert [path.name for path in sorted(made[0].folder.iterdir())] == ["latest", "step-00000001"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(made, monkeypatch):
+    save(made, 1)
+
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] write failed: No space left on device")
+
+    made[1].engine.save_checkpoint = full
+    with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
+        save(made, 2)
+    assert made[0].steps() == [1]
+    assert damage(made[0].path(1)) is None
+
+
+def test_going_on_from_an_older_one_sets_the_newer_aside_so_that_pruning_keeps_sound_ones(made):
+    for step in (2, 4, 6):
+        save(made, step)
+    victim = made[0].path(6) / "model.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    path, told = made[0].newest_whole()
+    assert path == made[0].path(4)
+    assert "model.safetensors" in told[0]
+    made[0].set_aside_newer(4)
+    save(made, 5)
+    assert made[0].steps() == [4, 5]
+    assert made[0].newest_whole() == (made[0].path(5), [])
+
+
+def test_damage_names_the_file(made):
+    path = save(made, 1)
+    assert damage(path) is None
+    weights = path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    assert "model.safetensors: its content changed" in damage(path)
+    (path / "run.json").unlink()
+    assert damage(path) is not None
+    (path / "manifest.json").unlink()
+    assert "manifest.json is missing" in damage(path)
+
+
+def test_a_damaged_best_is_replaced(made):
+    path = save(made, 1, 9.0)
+    (path / "run.json").write_text("{")
+    save(made, 2, 0.1)
+    assert made[0].best().name == "step-00000002"
