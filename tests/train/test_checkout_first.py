@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from conftest import ROOT
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_run_uses_this_checkout_beside_other_packages_of_the_same_names(runs, tmp_path):
