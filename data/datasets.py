@@ -67,8 +67,14 @@ def _need(folder: Path, what: str) -> Path:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Image files of a folder (not below it), by name."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and p.is_file())
+    """Image files of a folder (not below it), by name, numbers in it as numbers."""
+    found = (p for p in folder.iterdir() if p.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and p.is_file())
+    return sorted(found, key=_in_order)
+
+
+def _in_order(path: Path) -> list[tuple[int, int, str]]:
+    """Sort key by name with its numbers as numbers: frame2 comes before frame10."""
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", path.name) if part]
 
 
 def _match(blurry: Iterable[Path], partner: Callable[[Path], Path], root: Path) -> list[PairFiles]:
@@ -186,9 +192,21 @@ def _pairs(root: Path, split: str, variant: str) -> list[PairFiles]:
     for blurry_name, sharp_name in _PAIR_FOLDERS:
         blurry, sharp = base / blurry_name, base / sharp_name
         if blurry.is_dir() and sharp.is_dir():
-            by_stem = {p.stem: p for p in images_in(sharp)}
-            matched = _match(images_in(blurry), lambda p, s=sharp, names=by_stem: names.get(p.stem, s / p.name), root)
-            return _no_orphans(matched, by_stem.values())
+            files = images_in(sharp)
+            by_stem: dict[str, list[Path]] = {}
+            for path in files:
+                by_stem.setdefault(path.stem, []).append(path)
+
+            def partner(path: Path, sharp: Path = sharp, names: dict[str, list[Path]] = by_stem) -> Path:
+                """The sharp file of the same name, else the one of the same stem."""
+                if (sharp / path.name).is_file():
+                    return sharp / path.name
+                found = names.get(path.stem, [sharp / path.name])
+                if len(found) > 1:
+                    raise DataError(f"{path}: {len(found)} sharp files have its name, {found[0]} first; keep one")
+                return found[0]
+
+            return _no_orphans(_match(images_in(blurry), partner, root), files)
     names = ", ".join(f"{b}/ with {s}/" for b, s in _PAIR_FOLDERS)
     raise DataError(f"{base}: no folders of pairs here; expected one of {names}")
 
@@ -196,6 +214,14 @@ def _pairs(root: Path, split: str, variant: str) -> list[PairFiles]:
 def _photographs(root: Path, split: str, variant: str) -> list[PairFiles]:
     base = _folder(_need(root, "a folder of photographs"), split)
     found = sorted(p for p in base.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and p.is_file())
+    if base != root:
+        splits = LAYOUTS["folder"].splits
+        for path in root.rglob("*"):
+            beside = path.relative_to(root).parts[0] not in splits
+            if beside and path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and path.is_file():
+                raise DataError(
+                    f"{path}: lies beside the folder {split}/, which would be taken alone; name the one meant"
+                )
     return [PairFiles(key_of(p.relative_to(base)), p) for p in found]  # a.jpg and a.png are two photographs
 
 

@@ -34,6 +34,8 @@ class Windows:
     def __post_init__(self) -> None:
         if not self.levels or any(level < 3 or level % 2 == 0 for level in self.levels):
             raise DataError(f"levels {list(self.levels)}: give odd numbers from 3, so that one frame is the middle")
+        if len(set(self.levels)) != len(self.levels):
+            raise DataError(f"levels {list(self.levels)}: one is given twice")
         if self.stride < 0 or not self.max_flow > 0:
             raise DataError(
                 f"stride {self.stride}, max_flow {self.max_flow}: stride must be 0 or more, max_flow above 0"

@@ -157,11 +157,9 @@ class PairLoader:
         name = f"{shards.location}/{shards.shards[shard].name}"
         self.bad.setdefault(name, set()).add(shards.shards[shard].keys[row])
         log.warning("bad sample replaced: %s", message)
-        # A rank that has seen little is held to its part of the set, later to all that it has drawn.
-        total = len(shards)
-        seen = max(min(self.pairs, total), total / self.share.world)
+        # Of the whole set: a rank that has met one bad sample early knows nothing of its share.
         found = sum(1 for where, _ in self._bad_samples if where == source)
-        if found > self.max_bad_fraction * seen:
+        if found > self.max_bad_fraction * len(shards):
             counts = ", ".join(f"{shard}: {len(keys)}" for shard, keys in self.bad.items())
             raise DataError(
                 f"{found} bad samples exceed max_bad_fraction {self.max_bad_fraction} of {shards.location} ({counts}); "
@@ -181,7 +179,7 @@ def check_crop_fits(shards: ShardSet, crop: int) -> None:
         raise DataError(
             f"{shards.location}/{shard.name}: sample {shard.keys[row]} of {shard.heights[row]}×{shard.widths[row]} px "
             f"is smaller than the crop of {crop} px ({len(small)} of {len(shards)} are); lower data.crop to "
-            f"{min(side for *_, side in small)} or prepare the set with --min-size {crop}"
+            f"{min(side for *_, side in small)} or prepare larger tiles (--tile 0: pictures stay whole)"
         )
 
 

@@ -192,11 +192,14 @@ class Plan:
         return [(source, int(sample)) for sample in self._orders[source][group].ahead(index)]
 
     def replacements(self, slot: Slot, attempts: int) -> list[int]:
-        """Samples to try in turn when the one at `slot` is bad: drawn from the same group by (seed, epoch, sample)."""
+        """Samples to try in turn when the one at `slot` is bad, drawn by (seed, epoch, sample): of its group, then of
+        all (a whole group may lie on one lost shard)."""
         group = slot.position % self.canonical_groups
-        samples = self._orders[slot.source][group].samples()
         rng = derived_rng("replace", self.seed, slot.source, slot.epoch, slot.sample)
-        return [int(sample) for sample in rng.permutation(samples)[: attempts + 1] if sample != slot.sample][:attempts]
+        own = rng.permutation(self._orders[slot.source][group].samples())
+        own = [int(sample) for sample in own[: attempts + 1] if sample != slot.sample][:attempts]
+        others = rng.integers(self.sizes[slot.source], size=attempts if self.canonical_groups > 1 else 0)
+        return own + [int(sample) for sample in others if sample != slot.sample]
 
     def group_samples(self, source: int, group: int) -> np.ndarray:
         """The samples of `source` that canonical group `group` owns, for ever."""

@@ -27,6 +27,7 @@ from data.shards import INDEX, write_atomically, write_index, write_shard
 from data.workers import init_worker, main_not_imported_again, worker_context
 
 MANIFEST, RECORDS, LOCK = "manifest.json", ".records", ".lock"
+BEGUN = "begun"
 
 
 @dataclass
@@ -106,10 +107,15 @@ def _files_of(source: PairFiles | Path) -> tuple[Path, ...]:
 
 
 def _jobs(sources: Sequence, recipe: Recipe, root: Path, out: Path, prefix: str) -> list[Job]:
-    """Cut the sources, in order, into jobs of about `shard_bytes` of source files each."""
+    """Cut the sources, in order, into jobs: 64 or so, of 8 MiB to `shard_bytes` of source files each.
+
+    The cut depends on the sources alone, so that any number of workers writes the same shards.
+    """
     jobs: list[Job] = []
     held: list = []
     size, facts = 0, []
+    total = sum(path.stat().st_size for source in sources for path in _files_of(source))
+    job_bytes = min(recipe.shard_bytes, max(8 << 20, total // 64))
 
     def finish() -> None:
         nonlocal held, size, facts
@@ -124,7 +130,7 @@ def _jobs(sources: Sequence, recipe: Recipe, root: Path, out: Path, prefix: str)
             status = path.stat()
             size += status.st_size
             facts.append([str(path.relative_to(root)), status.st_size, status.st_mtime_ns])
-        if size >= recipe.shard_bytes:
+        if size >= job_bytes:
             finish()
     if held:
         finish()
@@ -171,8 +177,7 @@ def _only_one(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (out / LOCK).unlink(missing_ok=True)
-        os.close(lock)
+        os.close(lock)  # the file stays: unlinking it would let two others in, one with each file
 
 
 def _clear(out: Path, prefix: str, keep: Iterable[str]) -> None:
@@ -218,8 +223,13 @@ def prepare(
     with _only_one(out):
         jobs = _jobs(sources, recipe, root, out, prefix)
         identity = hashlib.blake2b("".join(job.digest for job in jobs).encode(), digest_size=16).hexdigest()
-        _check_target(out, identity, overwrite)
+        # Where from and how, but not which bytes: a source may be mended between two tries.
+        undertaking = json.dumps([str(root.resolve()), prefix, asdict(recipe)], sort_keys=True)
+        _check_target(out, identity, undertaking, overwrite)
+        if overwrite and _identity_in(out / RECORDS / BEGUN) != undertaking:
+            shutil.rmtree(out / RECORDS, ignore_errors=True)
         (out / RECORDS).mkdir(exist_ok=True)
+        write_atomically(out / RECORDS / BEGUN, json.dumps({"identity": undertaking}).encode())
         records = {job.name: record for job in jobs if (record := job.done())}
         reused = len(records)
         _clear(out, prefix, (shard["name"] for record in records.values() for shard in record["shards"]))
@@ -257,19 +267,30 @@ def prepare(
     return Prepared(out, samples, len(merged.shards), size, merged.small, merged.refused, merged.bad, reused)
 
 
-def _check_target(out: Path, identity: str, overwrite: bool) -> None:
+def _check_target(out: Path, identity: str, undertaking: str, overwrite: bool) -> None:
     """Refuse a folder that holds a finished set, unless it may be written over; remove its index and manifest then."""
-    if not (out / INDEX).exists():
+    begun = _identity_in(out / RECORDS / BEGUN)
+    if (out / RECORDS).exists() and begun != undertaking and not overwrite:
+        raise DataError(
+            f"{out}: holds an unfinished set of other sources or settings; finish that one, choose a new folder, or "
+            "write over it with --overwrite"
+        )
+    if not (out / INDEX).exists() and not (out / MANIFEST).exists():
         return
-    if not overwrite:
-        found = None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads((out / MANIFEST).read_bytes())["identity"]
+    found = _identity_in(out / MANIFEST)
+    if found is None:
+        raise DataError(f"{out}: holds an index or manifest that prepare did not make; choose a new folder")
+    if not overwrite and (out / INDEX).exists():
         if found == identity:
             raise DataError(
                 f"{out}: holds this very set already; `sharpprior verify` proves it, --overwrite makes it anew"
             )
         raise DataError(f"{out}: holds another shard set; choose a new folder, or write over it with --overwrite")
+    if not (out / INDEX).exists():  # killed between its last two writes
+        if found != identity and not overwrite:
+            raise DataError(f"{out}: holds an unfinished set; choose a new folder, or write over it with --overwrite")
+        (out / MANIFEST).unlink()
+        return
     try:
         old = [shard["name"] for shard in json.loads((out / INDEX).read_bytes())["shards"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -277,9 +298,16 @@ def _check_target(out: Path, identity: str, overwrite: bool) -> None:
     # The index goes first: a set without one is unfinished, one with a wrong index would be torn.
     (out / INDEX).unlink()
     for name in old:
-        if Path(name).name == name and name.endswith(".tar"):
+        if re.fullmatch(r"[0-9a-z_]+_\d{5}_\d{3}\.tar", name):
             (out / name).unlink(missing_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
+
+
+def _identity_in(path: Path) -> str | None:
+    """The identity of the sources and settings that prepare wrote into a file; None if it wrote none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(path.read_bytes())["identity"]
+    return None
 
 
 def _merge(records: Iterable[dict]) -> JobResult:
@@ -288,6 +316,29 @@ def _merge(records: Iterable[dict]) -> JobResult:
         for name in asdict(merged):
             getattr(merged, name).extend(record[name])
     return merged
+
+
+def _frames_folder(layout: str, root: Path, split: str | None, variant: str | None) -> Path:
+    """Where the frames of a layout lie. DataError for a split or variant that it has not, and for blurred frames."""
+    if variant is not None:
+        raise DataError(f"variant {variant!r}: windows are made from sharp frames; leave it out")
+    base = root
+    if layout in LAYOUTS and layout not in ("folder", "pairs"):
+        splits = LAYOUTS[layout].splits
+        chosen = split or splits[0]
+        if chosen not in splits:
+            raise DataError(f"{layout}: split {chosen!r}; one of {', '.join(splits)}")
+        base = root / chosen
+    elif split is not None:
+        base = root / split
+    if not base.exists():
+        raise DataError(f"{base}: missing; give the folder of high-frame-rate sequences, such as GOPRO_Large_all")
+    for name in ("blur", "blur_gamma", "sharp", "input", "target"):
+        if base.is_dir() and next(base.rglob(name), None) is not None:
+            raise DataError(
+                f"{base}: has {name}/ folders, so its frames are pairs; windows need GOPRO_Large_all or such"
+            )
+    return base
 
 
 def prepare_dataset(
@@ -308,8 +359,12 @@ def prepare_dataset(
     root = Path(root)
     recipe = recipe or Recipe()
     info = {"dataset": layout, "split": split or "", "variant": variant or ""}
+    if layout != "video" and layout not in LAYOUTS:
+        raise DataError(f"dataset {layout!r}: unknown; one of {', '.join(LAYOUTS)}, video")
+    if layout == "video" and recipe.windows is None:
+        raise DataError("video: windows of frames are what it makes; give their levels")
     if recipe.windows is not None:
-        base = root / split if split and (root / split).is_dir() else root
+        base = _frames_folder(layout, root, split, variant)
         sources: Sequence = frame_sources(base)
         base = base.parent if base.is_file() else base
         licence = LAYOUTS[layout].licence if layout in LAYOUTS else "the user's"

@@ -51,15 +51,21 @@ class JobResult:
 
 
 def tile_boxes(height: int, width: int, tile: int) -> list[tuple[int, int, int, int]]:
-    """(top, left, height, width) of the fewest equal tiles of at most `tile` px a side that cover the image."""
+    """(top, left, height, width) of the fewest equal tiles of at most `tile` px a side that cover the image.
+
+    A side is at least two thirds of `tile` (where the image's is): tiles overlap rather than get too small to crop.
+    """
     if tile == 0:
         return [(0, 0, height, width)]
-    rows, columns = -(-height // tile), -(-width // tile)
-    tops = [height * i // rows for i in range(rows + 1)]
-    lefts = [width * i // columns for i in range(columns + 1)]
-    return [
-        (tops[i], lefts[j], tops[i + 1] - tops[i], lefts[j + 1] - lefts[j]) for i in range(rows) for j in range(columns)
-    ]
+    (tops, tall), (lefts, wide) = _tile_sides(height, tile), _tile_sides(width, tile)
+    return [(top, left, tall, wide) for top in tops for left in lefts]
+
+
+def _tile_sides(side: int, tile: int) -> tuple[list[int], int]:
+    """First px of the tiles along a side, and their length."""
+    count = -(-side // tile)
+    length = max(-(-side // count), min(side, tile * 2 // 3))
+    return [i * (side - length) // max(1, count - 1) for i in range(count)], length
 
 
 def _kept_extension(path: Path, data: bytes) -> str | None:

@@ -196,7 +196,7 @@ class ShardCache:
             location, shard = waiting.get()
             try:
                 self.fetch(location, shard)
-            except DataError as error:
+            except (DataError, OSError) as error:  # the reader meets it again, and reports it
                 log.warning("read-ahead: %s", error)
             # It may be evicted and wanted again an epoch later.
             self._asked.discard(shard.sha256)

@@ -45,9 +45,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return build_config(values, places)
 
 
-def override(config: Config, overrides: Sequence[str]) -> Config:
-    """A configuration with `key.sub=value` overrides applied. ConfigError names the override."""
-    values, places = config.model_dump(mode="json"), {}
+def configure(overrides: Sequence[str]) -> Config:
+    """The `Config` of `key.sub=value` overrides alone, without a file. ConfigError names the override."""
+    values: dict[str, Any] = {}
+    places: dict[Keys, Place] = {}
     for text in overrides:
         _override(values, places, text)
     return build_config(values, places)

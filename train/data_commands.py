@@ -14,21 +14,21 @@ app = typer.Typer()
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
 BlurSource = Annotated[Path | None, typer.Option("--config", help="Take the blur from this configuration.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of it.")]
-Shards = Annotated[str | None, typer.Argument(help="Shard set, folder or URL; default: the bundled photographs.")]
+Shards = Annotated[str | None, typer.Argument(help="Shard set, folder or URL; default: what a run would train on.")]
 
 
 def _settings(path: Path | None, changes: list[str] | None):
     """The configuration that a command's --config and --set give."""
-    from train.config import Config
-    from train.config_file import load_config, override
+    from train.config_file import configure, load_config
 
-    return load_config(path, changes or []) if path else override(Config(), changes or [])
+    return load_config(path, changes or []) if path else configure(changes or [])
 
 
 def _open(shards: str | None, settings):
-    from train.sources import BUNDLED, open_set
+    """The set that is named, or the first that a run of this configuration would train on."""
+    from train.sources import data_sources, open_set
 
-    return open_set(shards or str(BUNDLED / "train"), settings)
+    return open_set(shards or data_sources(settings)[0][0].path, settings)
 
 
 def _say(console: Console, text: str) -> None:
@@ -81,8 +81,24 @@ def prepare(
     from data.recipe import Recipe
 
     chosen = _levels(levels)
+    frames = chosen is not None or layout == "video"
+    ignored = (
+        {"--sharp-only": sharp_only, "--png": png, "--partial": partial}
+        if frames
+        else {
+            "--stride": stride,
+            "--max-flow": max_flow != 1.5,
+            "--flow": flow != "interpolate",
+            "--curve": curve != "srgb",
+        }
+    )
+    for name, given in ignored.items():
+        if given:
+            raise ValueError(
+                f"{name} says nothing {'of windows of frames' if frames else 'without --levels'}: leave it out"
+            )
     windows = None
-    if chosen is not None or layout == "video":
+    if frames:
         numbers = {"levels": chosen} if chosen is not None else {}
         windows = Windows(**numbers, stride=stride, max_flow=max_flow, flow=flow, curve=curve)
     recipe = Recipe(
@@ -113,12 +129,17 @@ def verify(
 ) -> None:
     """Prove a shard set against its index: every shard, byte and picture."""
     from data.verify import verify as problems_of
+    from train.config_file import configure
 
     console = Console()
     with Progress(console=console, transient=True) as bar:
         row = bar.add_task("verifying", total=None)
+        cache = _open(shards, configure([])).cache if "://" in shards else None
         problems = problems_of(
-            shards, decode=decode, progress=lambda done, total: bar.update(row, completed=done, total=total)
+            shards,
+            decode=decode,
+            cache=cache,
+            progress=lambda done, total: bar.update(row, completed=done, total=total),
         )
     for problem in problems:
         _say(console, problem)
@@ -142,8 +163,8 @@ def index(
 def stats(
     shards: Shards = None,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs to draw.")] = 512,
-    crop: Annotated[int, typer.Option(min=32, help="Side of the crops, px.")] = 256,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    crop: Annotated[int | None, typer.Option(min=32, help="Side of the crops, px; default: data.crop.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: run.seed.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Histogram of extents (.png).")] = None,
     config: BlurSource = None,
@@ -156,7 +177,10 @@ def stats(
     if out is not None and out.exists() and not overwrite:
         raise ValueError(f"{out}: exists: choose another name, or --overwrite")
     settings = _settings(config, set_)
-    found = set_stats(_open(shards, settings), settings.blur, pairs=pairs, crop=crop, seed=seed, workers=workers)
+    found = set_stats(
+        _open(shards, settings), settings.blur, pairs=pairs, crop=crop or settings.data.crop,
+        seed=settings.run.seed if seed is None else seed, workers=workers, margin=settings.data.margin,
+    )  # fmt: skip
     console = Console()
     for line in found.lines():
         _say(console, line)
@@ -171,18 +195,23 @@ def preview(
         "preview.png"
     ),
     count: Annotated[int, typer.Option(min=1, help="Pairs to show.")] = 12,
-    crop: Annotated[int, typer.Option(min=32, help="Side of the crops, px.")] = 256,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    crop: Annotated[int | None, typer.Option(min=32, help="Side of the crops, px; default: data.crop.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: run.seed.")] = None,
     config: BlurSource = None,
     set_: Sets = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Contact sheet of synthesized pairs: sharp, blurry, kernel, extent, PSNR."""
+    from data.blur import TIERS
     from data.preview import preview_pairs, write_contact_sheet, write_html_page
 
     if out.exists() and not overwrite:
         raise ValueError(f"{out}: exists: choose another name, or --overwrite")
     settings = _settings(config, set_)
-    pairs = preview_pairs(_open(shards, settings), settings.blur, count=count, crop=crop, seed=seed)
+    tiers = [tier for tier in TIERS if getattr(settings.blur.tiers, tier).share > 0]
+    pairs = preview_pairs(
+        _open(shards, settings), settings.blur, count=count, crop=crop or settings.data.crop, tiers=tiers,
+        seed=settings.run.seed if seed is None else seed, margin=settings.data.margin,
+    )  # fmt: skip
     (write_html_page if out.suffix.lower() == ".html" else write_contact_sheet)(out, pairs)
     _say(Console(), f"{len(pairs)} pairs: {out}")

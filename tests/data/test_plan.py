@@ -164,11 +164,13 @@ def test_memory_stays_flat_over_many_epochs():
 def test_replacement_is_deterministic_in_its_group_and_another_sample():
     plan = Plan([SIZES], 0, canonical_groups=4)
     slot = plan.slot(6)
-    first = plan.replacements(slot, 5)
-    assert first == Plan([SIZES], 0, canonical_groups=4).replacements(slot, 5)
-    assert len(first) == len(set(first)) == 5
-    assert slot.sample not in first
+    found = plan.replacements(slot, 5)
+    assert found == Plan([SIZES], 0, canonical_groups=4).replacements(slot, 5)
+    first = found[:5]
+    assert len(set(first)) == 5
+    assert slot.sample not in found
     assert set(first) <= set(plan.group_samples(0, 2).tolist())
+    assert len(found) > 5  # a group that lies on one lost shard is not the end
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from train.config import Config
-from train.config_file import ConfigError, build_config, dump_config, load_config, override
+from train.config_file import ConfigError, build_config, configure, dump_config, load_config
 from train.sources import data_sources
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -38,7 +38,7 @@ def test_a_file_extends_another_and_overrides_win(tmp_path):
     config = load_config(path, ["train.batch=2"])
     assert (config.train.steps, config.train.batch) == (10, 2)
     assert config.model.backbone == {"name": "unet", "width": 8}
-    assert override(config, ["train.steps=7"]).train.steps == 7
+    assert configure(["blur.preset=mild"]).blur.tiers.extreme.share == 0  # a preset gives every value
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused():
-    config = override(Config(), ["train.batch=8", "train.accumulation=2"])
+    config = configure(["train.batch=8", "train.accumulation=2"])
     assert config.micro_batch(2) == 2
     with pytest.raises(ValueError, match="not divisible by 3 ranks × 2"):
         config.micro_batch(3)
@@ -104,7 +104,7 @@ def test_the_variable_names_the_data_unless_the_configuration_does(tmp_path, mon
     assert "bundled" in val.why
     (tmp_path / "val").mkdir()
     assert data_sources(Config())[1].path == str(tmp_path / "val")
-    (train,), _ = data_sources(override(Config(), ["data.train=elsewhere"]))
+    (train,), _ = data_sources(configure(["data.train=elsewhere"]))
     assert train.path == "elsewhere"
     monkeypatch.setenv("SHARPPRIOR_DATA", "s3://bucket/set")
     assert data_sources(Config())[0][0].path == "s3://bucket/set"

@@ -4,8 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from train.config import Config
-from train.config_file import override
+from train.config_file import configure
 from train.schedule import cosine_with_warmup, learning_rates
 
 
@@ -24,9 +23,7 @@ def test_degenerate_lengths_give_factors_between_0_and_1(steps, warmup):
 
 
 def test_the_restorer_rests_while_the_student_distills():
-    config = override(
-        Config(), ["train.steps=10", "train.distill_steps=4", "optim.warmup=1", "optim.prior_lr_scale=.5"]
-    )
+    config = configure(["train.steps=10", "train.distill_steps=4", "optim.warmup=1", "optim.prior_lr_scale=.5"])
     for step in range(10):
         restorer, prior = learning_rates(step, config)
         assert (restorer == 0) == (step < 4)
@@ -36,7 +33,7 @@ def test_the_restorer_rests_while_the_student_distills():
 
 
 def test_the_restorer_warms_up_when_its_own_training_begins():
-    config = override(Config(), ["train.steps=100", "train.distill_steps=40", "optim.warmup=10"])
+    config = configure(["train.steps=100", "train.distill_steps=40", "optim.warmup=10"])
     rates = [learning_rates(step, config)[0] for step in range(100)]
     assert rates[:40] == [0] * 40
     steady = [learning_rates(step, config)[1] for step in range(100)]
