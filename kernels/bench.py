@@ -10,6 +10,7 @@ backward and both. A speed-up is not reported unless every correctness row passe
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -87,7 +88,8 @@ def machine(device: str) -> dict:
 
         facts |= {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "cuda": torch.version.cuda}
         query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, check=False) if torch.version.cuda else None
+        known = torch.version.cuda and shutil.which(query[0])
+        done = subprocess.run(query, capture_output=True, text=True, check=False) if known else None
         facts["clocks and driver"] = done.stdout.strip() if done and done.returncode == 0 else "unknown"
     return facts
 
@@ -111,9 +113,11 @@ def variants(operation: str, device: str, extra) -> dict[str, Callable]:
 
     found = {"composed": composed, "reference": tested("reference")}
     if device == "cuda":
+        # Each shape compiles anew: past dynamo's recompile limit a "compiled" row would silently run eagerly.
+        torch._dynamo.reset()
         found |= {
-            "composed, compiled": torch.compile(composed),
-            "reference, compiled": torch.compile(tested("reference")),
+            "composed, compiled": torch.compile(composed, dynamic=False),
+            "reference, compiled": torch.compile(tested("reference"), dynamic=False),
         }
         found["triton"] = tested("triton")
     return found
@@ -266,7 +270,9 @@ def main() -> None:
     results = {"machine": machine(device), "ceiling": ceiling(device), "correctness": [], "timings": []}
     jobs = [("attention", s, *attention_job(s, device)) for s in attention]
     jobs += [("aggregation", s, *aggregation_job(s, device)) for s in aggregation]
-    small = [("attention", attention_job((2, 96, 31, 33), device), None)]
+    # Every route that is timed: fused and tiled gradients, fused and GEMM Grams, odd and whole sizes.
+    shapes = [(2, 96, 31, 33)] + ([] if device == "cpu" else [(2, 32, 32, 32), (2, 256, 16, 16), (2, 512, 17, 15)])
+    small = [("attention", attention_job(shape, device), None) for shape in shapes]
     small += [("aggregation", aggregation_job((2, 33, 31), device), (33, 31))]
     for operation, (make, _, _), extra in small:
         results["correctness"] += correctness(operation, make, device, extra)

@@ -44,7 +44,9 @@ def aggregate_levels(
             raise ValueError(
                 f"logits[{i}]: size {list(logit.shape[2:])} differs from values[{i}]'s {list(value.shape[2:])}"
             )
-    if len(size) != 2 or min(size) < 1:
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(n, (int, torch.SymInt)) for n in size):
+        raise ValueError("size: expected two whole numbers (height, width)")
+    if size[0] < 1 or size[1] < 1:
         raise ValueError(f"size: expected (height, width), both positive, got {size!r}")
     kernel = choose(impl, values[0]) == "triton"
     dtype = values[0].dtype

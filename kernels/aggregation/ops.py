@@ -78,6 +78,7 @@ class AggregateLevels(torch.autograd.Function):
     def backward(ctx, dp):
         lse, *levels = ctx.saved_tensors
         count = len(levels) // 2
-        grads = torch.ops.sharpprior.aggregate_levels_backward(dp, levels[:count], levels[count:], lse, ctx.kernel)
+        with torch.autocast(dp.device.type, enabled=False):
+            grads = torch.ops.sharpprior.aggregate_levels_backward(dp, levels[:count], levels[count:], lse, ctx.kernel)
         wanted = zip(grads, ctx.needs_input_grad[3:], strict=True)
         return None, None, None, *(grad if needed else None for grad, needed in wanted)

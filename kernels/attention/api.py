@@ -69,5 +69,5 @@ def semantic_attention(
     acc = accumulator(x.dtype)
     # The operators are opaque to autocast: every dtype is settled here, whatever region the caller is in.
     with torch.autocast(x.device.type, enabled=False):
-        weights = [weight.to(acc) for weight in given]
+        weights = [weight.to(acc).contiguous() for weight in given]
         return SemanticAttention.apply(as_plane(x), as_plane(p.to(x.dtype)), *weights, float(eps), kernel)

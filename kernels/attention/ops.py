@@ -104,6 +104,8 @@ class SemanticAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        grads = torch.ops.sharpprior.semantic_attention_backward(dy, *ctx.saved_tensors, ctx.kernel)
+        # A backward inside an autocast region must compute as the forward did: its algebra in the accumulator's type.
+        with torch.autocast(dy.device.type, enabled=False):
+            grads = torch.ops.sharpprior.semantic_attention_backward(dy, *ctx.saved_tensors, ctx.kernel)
         wanted = zip(grads, ctx.needs_input_grad, strict=False)
         return *(grad if needed else None for grad, needed in wanted), None, None

@@ -162,3 +162,24 @@ def test_planes_are_copied_only_when_rows_do_not_follow_each_other():
 def test_weights_tuple_follows_the_public_order():
     assert Weights._fields[0] == "norm_weight"
     assert len(Weights._fields) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backward_inside_an_autocast_region_equals_one_outside(dtype):
+    torch.manual_seed(0)
+    spe = SemanticPriorEmbedding((8, 12), 16, 16, 4, 4)
+    torch.nn.init.normal_(spe.attend.scale)
+    x, levels = torch.randn(2, 16, 9, 7), [torch.randn(2, 8, 5, 4), torch.randn(2, 12, 3, 2)]
+
+    def gradients(inside: bool) -> list[torch.Tensor]:
+        spe.zero_grad()
+        with torch.autocast("cpu", dtype):
+            y = spe(x, levels)
+            if inside:
+                y.float().square().sum().backward()
+        if not inside:
+            y.float().square().sum().backward()
+        return [parameter.grad.clone() for parameter in spe.parameters()]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
