@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from data.errors import DataError
 from data.image import encode_jpeg, encode_png
 from data.loader import PairLoader, validation_count, validation_pairs
 from data.shards import ShardSet, ShardWriter
+from data.workers import init_worker
 
 BLUR = BlurConfig()
 TENSORS = ("blurry", "sharp", "box", "crop", "flip", "epoch", "source", "position", "extent", "input_psnr")
@@ -53,7 +55,8 @@ def one_process(make_set):
     return root, list(loader(root))
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 2), (1, 3), (2, 0), (2, 2), (4, 0), (4, 1), (4, 3)])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_any_ranks_and_workers_make_the_same_global_batches_bit_for_bit(one_process, world, workers):
     root, expected = one_process
     parts = [list(loader(root, rank=rank, world=world, workers=workers)) for rank in range(world)]
@@ -412,3 +415,14 @@ def test_bundled_photographs_stream_and_validate():
     pairs = list(validation_pairs(SAMPLES / "val", BLUR, crop=128, tiers=["severe"]))
     assert len(pairs) == 13
     assert np.median([pair["input_psnr"] for pair in pairs]) < 30
+
+
+def test_a_worker_leaves_the_threads_to_the_others(monkeypatch):
+    before = cv2.getNumThreads()
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is no worker
+    try:
+        cv2.setNumThreads(3)
+        init_worker()
+        assert cv2.getNumThreads() == 1  # OpenCV's answer after setNumThreads(0): no pool
+    finally:
+        cv2.setNumThreads(before)

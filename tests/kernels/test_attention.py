@@ -187,3 +187,28 @@ def test_named_triton_refuses_more_channels_than_it_takes():
     x, p, weights = attention_case((1, 516, 1, 2), 8, 2)
     with pytest.raises(ValueError, match="x has 516 channels"):
         call_attention(x, p, weights, impl="triton")
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="limits of the kernels")
+def test_64_bit_offsets_give_the_same_numbers(impl, poisoned, monkeypatch):
+    inputs = case((2, 48, 5, 7, 24, 3), torch.float64)
+    narrow = with_gradients(attend(impl), inputs)
+    import kernels.attention.triton_forward as passes
+
+    asked = []
+    monkeypatch.setattr(passes, "needs_int64", lambda *maps: asked.append(maps) or True)
+    wide = with_gradients(attend(impl), inputs)
+    assert asked
+    assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
+
+
+def test_small_fp16_gradients_do_not_vanish(impl):
+    inputs = case((1, 32, 24, 20, 16, 2), torch.float16)
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    upstream = torch.full_like(inputs[0], 1e-4)
+    attend(impl)(leaves).backward(upstream)
+    composed(exact).backward(upstream.double())
+    for name, a, b, bound in zip(("x", "p"), leaves, exact, (5e-4, 3e-3), strict=False):
+        error = (a.grad.double() - b.grad).norm() / b.grad.norm()
+        assert error < bound, f"gradient of {name}: relative error {error:.2e}"
