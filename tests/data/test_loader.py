@@ -344,7 +344,11 @@ def test_ctrl_c_is_the_main_process_s_to_handle_and_everything_ends(make_set, tm
     )
     assert process.stdout.readline() == "going\n"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=180)  # returns when every process that holds the pipes has ended
+    if handler == "default":
+        # Python raises KeyboardInterrupt wherever the main process is, in places too that the script cannot catch.
+        assert out == words or "KeyboardInterrupt" in err
+        return
     assert out == words
     assert "Traceback" not in err
     assert process.returncode == 0
