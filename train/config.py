@@ -123,6 +123,26 @@ class ModelSection(Section):
         return self
 
 
+def _switch(given: object) -> object:
+    """YAML 1.1 reads a bare off and on as booleans."""
+    return {True: "on", False: "off"}.get(given, given) if isinstance(given, bool) else given
+
+
+class FeatureSection(Section):
+    cache: Annotated[Literal["off", "auto", "on"], BeforeValidator(_switch)] = "off"
+    """Node-local cache of the teacher's features of the planned crop boxes. auto: kept only where reading a feature
+    measures cheaper than computing it; on: always; off: never."""
+    folder: str | None = None
+    """Folder of the cache; None: below the system's temporary folder. Each teacher, crop plan and dtype has its own
+    folder in it; the ranks of a node share it, and the next run finds it again."""
+    dtype: Literal["fp16", "int8"] = "fp16"
+    """Stored form: fp16, or int8 with one scale a channel."""
+    limit_gib: float = Field(default=64.0, gt=0)
+    """Size above which the oldest segments go, GiB."""
+    check_every: int = Field(default=2000, ge=0)
+    """Hits of a rank between recomputations of a cached crop, compared with what was read; 0: never."""
+
+
 class LossSection(Section):
     pixel: Literal["charbonnier", "l1"] = "charbonnier"
     """Restoration loss on pixels in [0, 1]."""
@@ -226,6 +246,7 @@ class Config(Section):
     data: DataSection = DataSection()
     blur: BlurConfig = BlurConfig()
     model: ModelSection = ModelSection()
+    features: FeatureSection = FeatureSection()
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
@@ -238,6 +259,8 @@ class Config(Section):
         loss = self.loss
         if self.train.distill_steps and not self.model.prior:
             raise ValueError("train.distill_steps trains the student alone, but model.prior is false: set one of them")
+        if self.features.cache != "off" and not self.model.prior:
+            raise ValueError("features.cache keeps a teacher's features, but model.prior is false: set one of them")
         if self.model.prior and self.train.distill_steps and not (loss.structure or loss.context or loss.logits):
             raise ValueError("train.distill_steps has nothing to learn: loss.structure, context and logits are all 0")
         return self

@@ -127,6 +127,7 @@ def deciding(config: Config) -> dict[str, Any]:
     for section, keys in (
         ("data", ("workers", "train", "val", "cache")),
         ("train", ("log_every",)),
+        ("features", ("cache", "folder", "limit_gib", "check_every")),  # what is read equals what is computed, as stored
         ("engine", ("cpu_threads", "timeout_minutes")),
     ):
         for key in keys:
