@@ -1,0 +1,208 @@
+#!/usr/bin/env bash
+# Train on the nodes of a SLURM job. Submit from the checkout:
+#
+#   sbatch slurm/train_multinode.sh                                             # configs/large.yaml on two whole nodes
+#   sbatch --nodes=8 --time=24:00:00 slurm/train_multinode.sh CONFIG [ARGUMENTS OF train/main.py]
+#   NODES=8 GPUS_PER_NODE=4 CONFIG=my.yaml bash slurm/train_multinode.sh        # the same through sbatch, by environment
+#
+# Every #SBATCH line can be overridden on sbatch's command line. Variables, and what happens at the time limit, after a
+# preemption, a crash or a node's death: slurm/README.md. What only your site needs: slurm/site.example.sh.
+#SBATCH --job-name=sharpprior
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --signal=B:USR2@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.out
+set -eu
+
+UNFINISHED=75 # sysexits' "try again": stopped in good order, with a checkpoint, before the last step
+
+say() {
+    echo "[$(date +%H:%M:%S)] $*"
+}
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    command -v sbatch >/dev/null || fail "no SLURM here (sbatch not found); one node trains with: accelerate launch train/main.py"
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    exec sbatch ${NODES:+--nodes="$NODES"} ${GPUS_PER_NODE:+--gpus-per-node="$GPUS_PER_NODE"} slurm/train_multinode.sh "$@"
+fi
+
+# SLURM runs a copy of this file: the checkout is where sbatch was typed.
+cd "${SLURM_SUBMIT_DIR:-.}"
+[ -f train/main.py ] && [ -f slurm/node.sh ] || fail "$PWD is not the checkout: cd there, then sbatch slurm/train_multinode.sh"
+
+SITE=${SITE:-slurm/site.sh}
+SRUN_OPTIONS=()
+if [ -r "$SITE" ]; then
+    set +u
+    # shellcheck disable=SC1090,SC1091
+    . "$SITE"
+    set -u
+elif [ "$SITE" != slurm/site.sh ]; then
+    fail "SITE=$SITE: cannot read it"
+fi
+
+CONFIG=${CONFIG:-configs/large.yaml}
+case ${1:-} in
+"" | -*) ;;
+*)
+    CONFIG=$1
+    shift
+    ;;
+esac
+[ -r "$CONFIG" ] || fail "$CONFIG: cannot read this configuration"
+
+nodes=$SLURM_JOB_NUM_NODES
+restart=${SLURM_RESTART_COUNT:-0}
+MAX_RESTARTS=${MAX_RESTARTS:-20}
+RUN_ROOT=${RUN_ROOT:-runs}
+name=$(basename "$CONFIG")
+RUN_NAME=${RUN_NAME:-${name%.*}-$SLURM_JOB_ID}
+run=$RUN_ROOT/$RUN_NAME
+[ -z "${NODES:-}" ] || [ "$NODES" = "$nodes" ] ||
+    fail "NODES=$NODES, but the job has $nodes: sbatch --nodes=$NODES, or start this file with bash instead of sbatch"
+[ "$restart" -le "$MAX_RESTARTS" ] || fail "restarted $restart times, MAX_RESTARTS is $MAX_RESTARTS: giving up"
+mkdir -p "$run/slurm" || fail "$run: cannot make the run's folder: set RUN_ROOT to one that all nodes see"
+
+# A node's ranks share all its cores: SLURM would bind a step's single task to one. Without a task plugin there is nothing
+# to unbind, and srun says so.
+bind=
+! scontrol show config | grep -qE '^TaskPlugin .*(affinity|cgroup)' || bind=--cpu-bind=none
+
+step() { # srun with one task on each node of the job
+    srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 ${bind:+"$bind"} \
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${SRUN_OPTIONS[@]}" "$@"
+}
+
+# -- what there is ------------------------------------------------------------------------------------------------------
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address=${MAIN_ADDRESS:-${hosts[0]}}
+if ! getent hosts "$address" >/dev/null; then
+    # A node's name in SLURM need not be one that resolves; the address by which SLURM reaches it does.
+    address=$(scontrol show node "${hosts[0]}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+fi
+export MAIN_ADDRESS=$address
+export MAIN_PORT=${MAIN_PORT:-$((15000 + SLURM_JOB_ID % 15000))} # below the range from which Linux hands out ports
+
+say "job $SLURM_JOB_ID, start $((restart + 1)) of at most $((MAX_RESTARTS + 1)): $CONFIG on $nodes nodes ($SLURM_JOB_NODELIST)"
+found=$(step --kill-on-bad-exit=1 bash slurm/node.sh check | grep $'^node\t' | sort -n -k 2) ||
+    fail "a node is not fit to train on: its message is above"
+
+fewest=$(cut -f 4 <<<"$found" | sort -n | head -n 1)
+if [ -n "${GPUS_PER_NODE:-}" ] && [ "$GPUS_PER_NODE" -gt "$fewest" ]; then
+    fail "GPUS_PER_NODE=$GPUS_PER_NODE, but the nodes have $(cut -f 3,4 <<<"$found" | tr '\t\n' ': ')"
+fi
+gpus=${GPUS_PER_NODE:-$fewest}
+if [ "$gpus" -gt 0 ]; then
+    processes=$gpus
+else
+    processes=${PROCS_PER_NODE:-1}
+fi
+export WORLD=$((nodes * processes))
+
+while IFS=$'\t' read -r _ number host found_gpus cpus kind versions; do
+    say "node $number $host: ranks $((number * processes)) to $(((number + 1) * processes - 1)), $found_gpus GPUs ($kind), $cpus CPUs, $versions"
+done <<<"$found"
+[ "$(cut -f 7 <<<"$found" | sort -u | wc -l)" -eq 1 ] || fail "the nodes have different versions: one environment for all"
+[ "$gpus" -gt 0 ] || say "no GPU on these nodes: $processes CPU processes a node (PROCS_PER_NODE), gloo"
+say "$WORLD ranks, $processes a node; they meet at $MAIN_ADDRESS:$MAIN_PORT; commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+say "run $run; each node's log: $run/slurm/$SLURM_JOB_ID.<node number>.<host>.log"
+
+# -- train --------------------------------------------------------------------------------------------------------------
+
+signalled=
+# The time limit is near (USR2), a preemption or scancel (TERM), or a person (USR1).
+# shellcheck disable=SC2329
+on_signal() {
+    [ -n "$signalled" ] || say "signal $1: asking the run for a checkpoint ($run/STOP)"
+    signalled=$1
+    : >"$run/STOP"
+}
+for signal in USR1 USR2 TERM INT; do
+    # shellcheck disable=SC2064
+    trap "on_signal $signal" "$signal"
+done
+
+rm -f "$run/STOP" "$run/STOPPED" # of an earlier start: only this one's marker counts
+log=$run/slurm/%j.%t.%N.log
+step --kill-on-bad-exit=1 --open-mode=append --output="$log" --error="$log" bash slurm/node.sh launch \
+    --config "$CONFIG" --resume auto --set "run.root=$RUN_ROOT" --set "run.name=$RUN_NAME" "$@" &
+srun=$!
+
+# A signal ends `wait`, not the step: wait again. A run that was asked while it still set itself up has taken the request
+# for an old one and removed it: ask again.
+while kill -0 "$srun" 2>/dev/null; do
+    if [ -n "$signalled" ] && [ ! -e "$run/STOPPED" ]; then
+        : >"$run/STOP"
+    fi
+    sleep 1 &
+    wait $! || true
+done
+status=0
+wait "$srun" || status=$?
+rm -f "$run/STOP"
+
+# -- and then -----------------------------------------------------------------------------------------------------------
+
+again="RUN_ROOT=$RUN_ROOT RUN_NAME=$RUN_NAME sbatch slurm/train_multinode.sh $CONFIG"
+
+requeue() { # or exit with $1 where that cannot be
+    if [ "$restart" -ge "$MAX_RESTARTS" ]; then
+        say "restarted $restart times already (MAX_RESTARTS=$MAX_RESTARTS): not requeued. Go on with: $again"
+        exit "$1"
+    fi
+    # A job that somebody cancelled must not come back.
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || echo UNKNOWN)
+    if [ "$state" != RUNNING ]; then
+        say "the job is $state: not requeued. Go on with: $again"
+        exit "$1"
+    fi
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
+        say "SLURM does not requeue this job. Go on with: $again"
+        exit "$1"
+    fi
+    exit 0
+}
+
+if [ "$status" -eq 0 ]; then
+    if [ ! -e "$run/STOPPED" ]; then
+        say "training finished: $run"
+        exit 0
+    fi
+    say "stopped with a checkpoint: $(tr '\n' ' ' <"$run/STOPPED")"
+    if [ -n "$signalled" ]; then
+        say "requeueing"
+        requeue "$UNFINISHED"
+    fi
+    say "nobody signalled this job, so the stop was asked for: not requeued. Go on with: $again"
+    exit "$UNFINISHED"
+fi
+
+say "a node's processes ended with status $status; the last lines of each:"
+tail -n 15 "$run/slurm/$SLURM_JOB_ID".*.log || true
+
+# A crash would only crash again. A node that died is no fault of the run: SLURM keeps the job off it.
+probes=()
+for host in "${hosts[@]}"; do
+    timeout 30 srun --overlap --nodes=1 --ntasks=1 --nodelist="$host" --quiet true >/dev/null 2>&1 &
+    probes+=($!)
+done
+dead=()
+for number in "${!hosts[@]}"; do
+    wait "${probes[$number]}" || dead+=("${hosts[$number]} (ranks $((number * processes)) to $(((number + 1) * processes - 1)))")
+done
+if [ "${#dead[@]}" -gt 0 ] && [ "${#dead[@]}" -lt "$nodes" ]; then
+    say "dead nodes, which do not answer: ${dead[*]}; requeueing"
+    requeue "$status"
+fi
+say "every node answers, so the run itself failed: not requeued. Mended? $again"
+exit "$status"
