@@ -121,13 +121,14 @@ def evaluate_pairs(
     keep: Container[int] = (),
     forwards: int = 0,
     dummy_size: int = 64,
-    on_pair: Callable[[], None] = lambda: None,
+    on_forward: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Restore and score pairs as `data.loader.validation_pairs` yields them, one at a time.
 
     teacher and similarity: measure the prior too. keep: numbers of the pairs whose pictures stay in the result.
     forwards: run the network at least this often, on black images of `dummy_size` after the pairs: under ZeRO-3 every
-    rank must call it equally often. The network is left in the mode it came in.
+    rank must call it equally often. on_forward is called after each, and may end the evaluation by an exception. The
+    network is left in the mode it came in.
     """
     was_training = network.training
     network.eval()
@@ -145,9 +146,10 @@ def evaluate_pairs(
             if teacher is not None and similarity is not None and out.prior is not None:
                 target = teacher(sharp)
                 sums.append(torch.stack([similarity(out.prior, target), similarity(teacher(blurry), target)]).cpu())
-            on_pair()
+            on_forward()
         for _ in range(len(result.scores), forwards):
             network(torch.zeros(1, 3, dummy_size, dummy_size, device=device))
+            on_forward()
     finally:
         network.train(was_training)
     if sums:

@@ -9,15 +9,17 @@ import traceback
 from collections.abc import Callable
 
 from train.run_folder import log
+from train.signals import StoppedEarly, StopRequest
 
 INTERRUPTED = 130
 
 
-def explained(work: Callable[[], None]) -> int:
+def explained(work: Callable[[], None], stop: StopRequest | None = None) -> int:
     """Exit status of `work`: 0, or 1 after one line about what the user can mend, or 130 when interrupted.
 
-    ValueError and OSError are the user's (configuration, data, files); their traceback goes to the run's log. Anything
-    else is a defect of ours and keeps its traceback.
+    0 too where `stop` was asked before there was anything to save; its marker says so. ValueError and OSError are the
+    user's (configuration, data, files); their traceback goes to the run's log. Anything else is a defect of ours and
+    keeps its traceback.
     """
     try:
         work()
@@ -28,6 +30,11 @@ def explained(work: Callable[[], None]) -> int:
                 handler.flush()
         print(f"error: {_line(error)}", file=sys.stderr, flush=True)
         return _leave(1)
+    except StoppedEarly as early:
+        if stop is not None:
+            stop.mark(str(early))
+        print(f"{early}: stopped before training began", file=sys.stderr, flush=True)
+        return _leave(0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return _leave(INTERRUPTED)

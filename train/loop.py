@@ -29,7 +29,6 @@ class StepResult:
     parts: dict[str, float]
     lr: float
     grad_norm: float | None
-    stop: bool
     finite: bool
     wait_s: float
     total_s: float
@@ -51,7 +50,7 @@ def training_step(engine: Engine, task: DeblurTask, loader: Iterator[dict], step
     started = time.perf_counter()
     distill = step < config.train.distill_steps
     restorer, prior = learning_rates(step, config)
-    wait_s, finite, asked_to_stop = 0.0, True, False
+    wait_s, finite = 0.0, True
     means: dict[str, float] = {}
     keys: list[str] = []
     # Rates are set before the last backward: DeepSpeed updates inside `step()` at the accumulation boundary.
@@ -61,16 +60,17 @@ def training_step(engine: Engine, task: DeblurTask, loader: Iterator[dict], step
         keys += batch["key"]
         loss, parts = task.losses(engine.forward, batch, distill=distill, autocast=engine.autocast())
         named = {"loss": loss.detach(), **parts}
-        flags = torch.tensor([not torch.isfinite(loss), stop.asked], dtype=torch.float64, device=loss.device)
-        told = engine.sum(torch.cat([torch.stack([value.double() for value in named.values()]), flags]))
-        bad, stops = told[-2:].tolist()
-        asked_to_stop |= stops > 0
+        flags = [float(not torch.isfinite(loss)), *stop.flags()]
+        losses = torch.stack([value.double() for value in named.values()])
+        told = engine.sum(torch.cat([losses, torch.tensor(flags, dtype=torch.float64, device=loss.device)]))
+        told, (bad, *asked) = told[: len(named)], told[len(named) :].tolist()
+        stop.take(asked)
         if bad:
             finite = False
             loss = zero_loss(engine, task, batch, distill)
             engine.set_learning_rates(0.0, 0.0)
         engine.backward_and_step(loss)
-        for name, value in zip(named, (told[:-2] / engine.world).tolist(), strict=True):
+        for name, value in zip(named, (told / engine.world).tolist(), strict=True):
             means[name] = means.get(name, 0.0) + value / config.train.accumulation
     loss_value = means.pop("loss")
     return StepResult(
@@ -78,7 +78,6 @@ def training_step(engine: Engine, task: DeblurTask, loader: Iterator[dict], step
         parts=means,
         lr=prior if distill else restorer,
         grad_norm=engine.grad_norm() if finite else None,
-        stop=asked_to_stop,
         finite=finite and math.isfinite(loss_value),
         wait_s=wait_s,
         total_s=time.perf_counter() - started,

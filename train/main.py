@@ -31,8 +31,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def train(args: argparse.Namespace) -> None:
-    stop = StopRequest()
+def train(args: argparse.Namespace, stop: StopRequest) -> None:
     stop.install()
     config = load_config(args.config, args.set)
 
@@ -50,13 +49,12 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError("--ranks plans a --dry-run; the launcher decides how many ranks a run has")
 
     engine = Engine(config)
-    with Session(config, engine, resume=args.resume, init=args.init) as run:
+    with Session(config, engine, stop, resume=args.resume, init=args.init) as run:
         step, steps = run.step, config.train.steps
-        if step == 0:
-            run.evaluate(step)
+        stop.begin(step)
+        run.catch_up()
         loader, bad = run.loader(), BadSteps()
-        stop.training = True
-        while step < steps:
+        while step < steps and not stop.agreed:
             result = training_step(engine, run.task, loader, step, stop)
             step += 1
             if not bad.check(step, result):
@@ -64,19 +62,20 @@ def train(args: argparse.Namespace) -> None:
             run.record(step, result)
             last = step == steps
             if last or (config.eval.every and step % config.eval.every == 0):
-                run.evaluate(step, final=last)
-            if last or result.stop or step % config.checkpoint.every == 0:
+                run.evaluate(step)
+            if last or step % config.checkpoint.every == 0:
                 run.save(step)
-            if result.stop:
-                return run.say_stopped(step)
-        run.finish()
+        if not stop.agreed:
+            run.finish()
+        if stop.agreed:
+            run.stop()
 
 
 def main() -> int:
-    args = parse(sys.argv[1:])
+    args, stop = parse(sys.argv[1:]), StopRequest()
     from train.failure import explained
 
-    return explained(lambda: train(args))
+    return explained(lambda: train(args, stop), stop)
 
 
 if __name__ == "__main__":

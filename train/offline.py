@@ -61,7 +61,7 @@ def evaluate_saved(
             teacher=task.teacher if task else None,
             similarity=task.similarity if task else None,
             keep=panel_numbers(config.eval.panels, val_set, crops),
-            on_pair=lambda: bar.advance(row),
+            on_forward=lambda: bar.advance(row),
         )
     console.print(
         f"model: {folder} ({describe(folder)})  data: {source}", markup=False, highlight=False, soft_wrap=True

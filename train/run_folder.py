@@ -21,7 +21,7 @@ from train.config_file import dump_config
 log = logging.getLogger("sharpprior")
 
 
-_MADE_AT_START = {".lock", "config.yaml", "log.txt", "checkpoints", "tensorboard"}
+_MADE_AT_START = {".lock", "config.yaml", "log.txt", "checkpoints", "tensorboard", "STOP", "STOPPED"}
 
 
 class RunFolderError(ValueError):

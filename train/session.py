@@ -23,12 +23,13 @@ from train.config import Config
 from train.config_file import load_config
 from train.ema import Ema
 from train.engine import Engine
-from train.evaluate import Evaluation, evaluate_pairs, merge
+from train.evaluate import evaluate_pairs, merge
 from train.loop import StepResult
 from train.progress import TrainingProgress
 from train.report import draw_curve, draw_panel, tier_lines, write_report
 from train.run_folder import RunFolder, config_digest, deciding, git_commit, log, start_logging
 from train.saved import model_folder
+from train.signals import StopRequest
 from train.sources import data_sources, digest_of, open_sets, pair_loader, with_resolved_data
 from train.task import CALIBRATION_CROPS, DeblurTask, build_model, trainable
 
@@ -42,20 +43,23 @@ class Session:
     step: optimizer steps done. Use as a context manager: leaving it closes what is open.
     """
 
-    def __init__(self, config: Config, engine: Engine, *, resume: str | None, init: str | None) -> None:
+    def __init__(
+        self, config: Config, engine: Engine, stop: StopRequest, *, resume: str | None, init: str | None
+    ) -> None:
         if resume and init and resume != "auto":
             raise ValueError("--resume and --init exclude each other: a resumed run has its weights")
         self.console = Console()
         train, val = data_sources(config)
         # Paths as they are now: the environment that chose them may not be there tomorrow.
         config = with_resolved_data(config)
-        self.config, self.engine = config, engine
+        self.config, self.engine, self.stopping = config, engine, stop
         self.folder = RunFolder.of(config)
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
         with engine.agreed():
             if engine.main:
                 self.folder.claim(resume=resume is not None)
                 self.folder.lock()
+                stop.claim(self.folder.path)
                 start_logging(self.folder, self.console)
         with engine.agreed():
             self.train_sets, self.val_set = open_sets(config)
@@ -75,9 +79,12 @@ class Session:
             trainable(engine.module), engine.world, engine.device.type, config.engine.zero, config.engine.precision,
         )  # fmt: skip
         self.step, self.gain, self.evaluation = 0, None, None
+        self._saved: int | None = None
         if checkpoint is not None:
             self.task.load_state_dict(self.checkpoints.restore(checkpoint, engine, self.ema))
             self.step = read_state(checkpoint).step
+            if checkpoint.resolve() == self.checkpoints.path(self.step).resolve():
+                self._saved = self.step
             log.info("resumed %s at step %d of %d", checkpoint, self.step, config.train.steps)
         self._open_writers()
         self._seconds = 0.0
@@ -205,8 +212,25 @@ class Session:
             file.write(json.dumps({"step": step, "keys": result.keys}) + "\n")
         log.warning("step %d: the loss was not finite; no update; the batch's keys are in %s", step, path)
 
-    def evaluate(self, step: int, *, final: bool = False) -> Evaluation:
-        """Score the validation list with the averaged weights; every rank takes part, rank 0 writes."""
+    def catch_up(self) -> None:
+        """The evaluation that belongs to where the run stands, if none was made: before the first step, and after a
+        stop that broke it off."""
+        due = self.step == 0 or self._evaluated_at(self.step)
+        made = any(record["step"] == self.step and "tiers" in record for record in self.folder.read_metrics())
+        if due and not self.engine.gather(made)[0]:
+            self.evaluate(self.step)
+            if self.step > 0 and not self.stopping.agreed:
+                self.save(self.step)  # with its gain, which chooses the best
+
+    def evaluate(self, step: int) -> None:
+        """Score the validation list with the averaged weights; every rank takes part, rank 0 writes. Broken off, and
+        left to `catch_up`, where the ranks agree to stop."""
+        try:
+            self._evaluate(step)
+        except StopAgreedError:
+            log.info("step %d: evaluation broken off", step)
+
+    def _evaluate(self, step: int) -> None:
         engine, settings = self.engine, self.config.eval
         total = validation_count(self.val_set, TIERS, settings.per_tier)
         pairs = validation_pairs(
@@ -214,6 +238,7 @@ class Session:
             rank=engine.rank, world=engine.world, margin=self.config.data.margin,
         )  # fmt: skip
         started = time.perf_counter()
+        self._go_on()
         self._share_batch_norm()
         with self.ema.in_place_of_weights(), engine.autocast():
             part = evaluate_pairs(
@@ -225,6 +250,7 @@ class Session:
                 keep=panel_numbers(settings.panels, self.val_set, settings.per_tier),
                 forwards=math.ceil(total / engine.world),
                 dummy_size=settings.crop,
+                on_forward=self._go_on,
             )
         evaluation = merge(engine.gather(part))
         self.gain, self.evaluation = evaluation.severe_gain(), evaluation
@@ -238,7 +264,11 @@ class Session:
             self.writer.add_image("panel", draw_panel(evaluation.pictures), step, dataformats="HWC")
             gains = "  ".join(f"{row.tier} {row.gain:+.3f}" for row in evaluation.tiers())
             log.info("step %d: gain in dB: %s  (%d pairs, %.0f s)", step, gains, total, time.perf_counter() - started)
-        return evaluation
+
+    def _go_on(self) -> None:
+        """All ranks at the same place: go on, or stop together."""
+        if self.stopping.agreed or self.stopping.agree(self.engine):
+            raise StopAgreedError
 
     def save(self, step: int) -> Path:
         """Write a checkpoint of the step just done."""
@@ -258,6 +288,8 @@ class Session:
         )
         path = self.checkpoints.save(self.engine, self.ema, state, self.config, self.task.state_dict())
         log.info("checkpoint %s", path)
+        self._saved = step
+        self.stopping.agree(self.engine)  # asked while saving: not one step more
         return path
 
     def _share_batch_norm(self) -> None:
@@ -268,10 +300,14 @@ class Session:
         every = self.config.eval.every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
-    def say_stopped(self, step: int) -> None:
-        """The last line of a run that was asked to stop."""
+    def stop(self) -> None:
+        """End a run whose ranks agreed to stop: a checkpoint of where it stands, then the marker."""
         self._stop_progress()
-        log.info("stopped at step %d as asked; go on with --resume auto", step)
+        if self._saved != self.step:
+            self.save(self.step)
+        self.stopping.step = self.step
+        self.stopping.mark(self.stopping.agreed or "")
+        log.info("stopped at step %d as asked (%s); go on with --resume auto", self.step, self.stopping.agreed)
 
     def finish(self) -> None:
         """panel.png, curve.png, report.md."""
@@ -282,7 +318,7 @@ class Session:
             return
         if self.evaluation is None:  # killed between its last checkpoint and its report
             self.evaluate(self.step)
-        if not self.engine.main:
+        if self.stopping.agreed or not self.engine.main:
             return
         from PIL import Image
 
@@ -353,6 +389,10 @@ class Session:
             self.writer.close()
         if kind is None:
             self.engine.close()
+
+
+class StopAgreedError(Exception):
+    """The ranks agreed to stop during an evaluation."""
 
 
 def panel_numbers(rows: int, shards: ShardSet, crops: int) -> set[int]:

@@ -1,24 +1,105 @@
-"""Ctrl-C and SIGTERM: at once while nothing can be lost, at the next step boundary while training."""
+"""Asking a run to stop: signals, or a file STOP in its folder; all ranks agree, save at a step boundary and exit 0."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from train.engine import Engine
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_FILE, STOPPED_FILE = "STOP", "STOPPED"
+REASONS = (*(number.name for number in SIGNALS), f"file {STOP_FILE}")
+LOOK_EVERY_S = 1.0  # between looks for the file STOP: a shared file system is asked no more often
+SECOND_AFTER_S = 1.0  # launchers pass a terminal's Ctrl-C on to ranks that have had it already: that is no second one
+
+
+class StoppedEarly(BaseException):
+    """A signal other than Ctrl-C came before training began: there is nothing to save."""
 
 
 class StopRequest:
-    """Turns the signals into a flag once `training` is set; before that, and at a second Ctrl-C, they interrupt."""
+    """What asked this process to stop, and what all ranks have agreed on.
+
+    asked: one of `REASONS`, or None; known to this rank alone. agreed: the same on every rank, set by `agree` and by
+    `training_step`. Before `begin` a signal ends the process at once, as there is nothing to save; so does a second
+    Ctrl-C at any time. folder: the run's, on the one rank that looks for STOP there and writes STOPPED.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
-        self.training = False
+        self.asked: str | None = None
+        self.agreed: str | None = None
+        self.step = 0
+        self._folder: Path | None = None
+        self._training = False
+        self._interrupted_at: float | None = None
+        self._looked_at = float("-inf")
 
     def install(self) -> None:
         """Take over the signals (main thread only), also where a launcher's shell had them ignored."""
-        signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, self._on_signal)
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def claim(self, folder: Path) -> None:
+        """Look for STOP in this run's folder, and drop what an earlier run left there. Rank 0, once it owns it."""
+        for name in (STOP_FILE, STOPPED_FILE):
+            (folder / name).unlink(missing_ok=True)
+        self._folder = folder
+
+    def begin(self, step: int) -> None:
+        """From now on, with `step` steps done, a signal waits for the next step boundary."""
+        self.step = step
+        self._training = True
+
+    def mark(self, reason: str) -> None:
+        """Write STOPPED (JSON: step, reason) into the claimed folder; without one there is nothing to say."""
+        if self._folder is not None:
+            temporary = self._folder / f"{STOPPED_FILE}.tmp"
+            temporary.write_text(json.dumps({"step": self.step, "reason": reason}) + "\n")
+            os.replace(temporary, self._folder / STOPPED_FILE)
+            (self._folder / STOP_FILE).unlink(missing_ok=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self.training or (self.asked and number == signal.SIGINT):
-            raise KeyboardInterrupt
-        self.asked = True
+        name = signal.Signals(number).name
+        if not self._training:
+            raise KeyboardInterrupt if number == signal.SIGINT else StoppedEarly(name)
+        if number == signal.SIGINT:
+            if self._interrupted_at is None:
+                self._interrupted_at = time.monotonic()
+            elif time.monotonic() - self._interrupted_at > SECOND_AFTER_S:
+                raise KeyboardInterrupt
+        if self.asked is None:
+            self.asked = name
+            if os.environ.get("RANK", "0") == "0":
+                again = "; Ctrl-C again interrupts at once" if number == signal.SIGINT else ""
+                with contextlib.suppress(OSError):  # not through the log: what was interrupted may hold its lock
+                    os.write(2, f"\n{name}: saving after this step, then stopping{again}\n".encode())
+
+    def flags(self) -> list[float]:
+        """One number per reason, to be summed over the ranks."""
+        now = time.monotonic()
+        if self.asked is None and self._folder is not None and now - self._looked_at >= LOOK_EVERY_S:
+            self._looked_at = now
+            if (self._folder / STOP_FILE).exists():
+                self.asked = REASONS[-1]
+        return [float(reason == self.asked) for reason in REASONS]
+
+    def take(self, told: Sequence[float]) -> None:
+        """Agree on the first reason that any rank has, from the sums of `flags`."""
+        if self.agreed is None:
+            self.agreed = next((reason for reason, count in zip(REASONS, told, strict=True) if count > 0), None)
+
+    def agree(self, engine: Engine) -> bool:
+        """Ask all ranks; every rank calls this at the same place. Whether the run stops."""
+        self.take(engine.sum(torch.tensor(self.flags(), dtype=torch.float64)).tolist())
+        return self.agreed is not None
