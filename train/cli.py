@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from train.cache_commands import app as cache_app
 from train.data_commands import Overwrite
 from train.data_commands import app as data_app
 from train.failure import explained
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="Restore and evaluate what train/main.py trained, and prepare data for it.",
 )
 app.add_typer(data_app)
+app.add_typer(cache_app, name="cache")
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run, of one of its checkpoints, or of an exported model.")]
 Which = Annotated[str, typer.Option("--checkpoint", help="latest, best, or step-N, where RUN is a run.")]
