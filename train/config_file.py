@@ -117,16 +117,37 @@ def _construct(node: yaml.Node, path: Path, keys: Keys, places: dict[Keys, Place
         raise ConfigError(f"{path}:{node.start_mark.line + 1}: {error}") from None
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+def _merge(below: dict[str, Any], above: dict[str, Any], name: str = "") -> None:
     for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), list):
+            _merge_into_list(below[key], value, f"{name}{key}")
+            continue
         if isinstance(value, dict) and isinstance(below.get(key), dict):
             # Another backbone takes other arguments: its settings replace the base's as a whole.
             if key == "backbone" and value.get("name", below[key].get("name")) != below[key].get("name"):
                 below[key] = value
             else:
-                _merge(below[key], value)
+                _merge(below[key], value, f"{name}{key}.")
         else:
             below[key] = value
+
+
+def _merge_into_list(below: list[Any], above: dict[str, Any], name: str) -> None:
+    """Settings for one element of a list: `teacher.0.weights`, or without a number where there is but one."""
+    if not all(key.isdigit() for key in above):
+        if len(below) != 1:
+            raise ConfigError(
+                f"{name}: there are {len(below)}: say which of them, such as {name}.0.{next(iter(above))}"
+            )
+        above = {"0": above}
+    for number, value in above.items():
+        if int(number) >= len(below):
+            raise ConfigError(f"{name}.{number}: there are {len(below)}, counted from 0")
+        inner = below[int(number)]
+        if isinstance(value, dict) and isinstance(inner, dict):
+            _merge(inner, value, f"{name}.{number}.")
+        else:
+            below[int(number)] = value
 
 
 def _override(values: dict[str, Any], places: dict[Keys, Place], override: str) -> None:
@@ -151,7 +172,10 @@ def _explain(error: ValidationError, places: Mapping[Keys, Place]) -> str:
     problems = error.errors()
     first = problems[0]
     keys = tuple(str(part) for part in first["loc"])
-    place = next((places[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in places), "configuration")
+    # One teacher (or source) may be written without its place in the list.
+    written = keys if keys in places else tuple(key for key in keys if not key.isdigit())
+    place = next((places[w[:n]] for w in (written, keys) for n in range(len(w), 0, -1) if w[:n] in places), None)
+    place = place or "configuration"
     name = ".".join(keys) or "configuration"
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])

@@ -12,14 +12,14 @@ from rich.table import Table
 from data.blur import TIERS
 from data.loader import check_crop_fits, validation_count
 from data.shards import ShardSet
-from model.encoder import EncoderSpec, level_channels
+from model.encoder import level_channels
 from model.summary import summarize
 from train.config import Config
 from train.engine import deepspeed_settings, world_size
 from train.memory import memory_per_rank
 from train.run_folder import RunFolder
 from train.sources import data_sources, open_sets, pair_loader
-from train.task import build_model
+from train.task import build_model, teacher_names, teacher_specs
 
 BATCHES_SHOWN = 3
 
@@ -38,7 +38,8 @@ def dry_run(config: Config, ranks: int | None) -> None:
         check_crop_fits(shards, config.data.crop)
     check_crop_fits(val_set, config.eval.crop)
     if config.model.prior:
-        level_channels(EncoderSpec(config.model.teacher.name, config.model.teacher.weights, config.model.levels))
+        for spec in teacher_specs(config):
+            level_channels(spec)
     with torch.device("meta"):
         network = build_model(config)
     size = (config.data.crop, config.data.crop)
@@ -56,7 +57,7 @@ def _print_model(console: Console, config: Config, counts) -> None:
     table.add_row("all", f"{counts.parameters / 1e6:.3f} M", f"{counts.macs / 1e9:.3f} G", style="bold")
     console.print(table)
     if config.model.prior:
-        console.print(f"teacher: {config.model.teacher.name}, frozen, beside the engine")
+        console.print(f"teacher: {teacher_names(config)}, frozen, beside the engine")
 
 
 def _print_memory(console: Console, config: Config, network, world: int, micro: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from train.engine import Engine
-from train.schedule import learning_rates
+from train.schedule import cfl_weight, learning_rates
 from train.signals import StopRequest
 from train.task import DeblurTask
 
@@ -50,6 +50,7 @@ def training_step(engine: Engine, task: DeblurTask, loader: Iterator[dict], step
     started = time.perf_counter()
     distill = step < config.train.distill_steps
     restorer, prior = learning_rates(step, config)
+    cfl = cfl_weight(step, config)
     wait_s, finite = 0.0, True
     means: dict[str, float] = {}
     keys: list[str] = []
@@ -58,7 +59,7 @@ def training_step(engine: Engine, task: DeblurTask, loader: Iterator[dict], step
     for batch, waited in micro_batches(loader, config.train.accumulation):
         wait_s += waited
         keys += batch["key"]
-        loss, parts = task.losses(engine.forward, batch, distill=distill, autocast=engine.autocast())
+        loss, parts = task.losses(engine.forward, batch, distill=distill, autocast=engine.autocast(), cfl=cfl)
         named = {"loss": loss.detach(), **parts}
         flags = [float(not torch.isfinite(loss)), *stop.flags()]
         losses = torch.stack([value.double() for value in named.values()])

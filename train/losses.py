@@ -4,17 +4,17 @@ All arithmetic is fp32, also under autocast. A loss returns (total, parts): the 
 detached, by name, each before its weight.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.names import choose
 from model.statistics import FeatureStatistics
+from train.matching import MATCHES
 
 Parts = dict[str, torch.Tensor]
-GRIDS = (4, 2, 1)
 
 
 def charbonnier(restored: torch.Tensor, sharp: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
@@ -82,12 +82,15 @@ class RestorationLoss(nn.Module):
 class CrossLevelFeatureLoss(nn.Module):
     """How far the prior r_l is from the teacher's features t_l (each [B, c_l, h_l, w_l]); n(·) standardises by channel.
 
-    structure: mean over levels of Σ_k 2^-k · mean (pool_k n(r_l) − pool_k n(t_l))² / Σ_k 2^-k over the grids k = full,
-        4×4, 2×2, 1×1 that are coarser than the level (hierarchical context loss, Chen et al., CVPR 2021). Mean over
-        batch, channels and cells; predicting the teacher's mean everywhere scores at most about 1.
+    structure: mean over levels of what `match` names in `train.matching.MATCHES`; by default (cross_level) the
+        hierarchical context loss of n(r_l), n(t_l). Predicting the teacher's mean everywhere scores at most about 1.
     context: 1 − cos of the spatially averaged n(r_L), n(t_L), mean over the batch: 0 to 2.
     logits: KL(teacher's classes of t_L ‖ of r_L) in nats, mean over the batch, through `classify`, the teacher's frozen
         head (`Teacher.logits`); 0 weight, the default, leaves it out and needs no head.
+
+    splits, shares: several teachers side by side, as `Teachers` has them: each level's channels by teacher, and each
+    teacher's part (sum 1). Every term is then the mean of the teachers' own, weighed by their part; `classify` gives
+    one tensor a teacher.
 
     forward(r, t) → (structure·w + context·w + logits·w, parts). The teacher's statistics are `calibrate`d once, before
     training, on the same batches on every rank; they are buffers of the state dict. ValueError before that.
@@ -99,7 +102,11 @@ class CrossLevelFeatureLoss(nn.Module):
         structure: float = 1.0,
         context: float = 1.0,
         logits: float = 0.0,
-        classify: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        classify: Callable[[torch.Tensor], torch.Tensor | Sequence[torch.Tensor]] | None = None,
+        *,
+        match: str = "cross_level",
+        splits: Sequence[Sequence[int]] | None = None,
+        shares: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
         if min(structure, context, logits) < 0:
@@ -107,6 +114,13 @@ class CrossLevelFeatureLoss(nn.Module):
         if logits and classify is None:
             raise ValueError(
                 "the logits term needs the teacher's classifier: give classify=teacher.logits, or weight 0"
+            )
+        self.match = MATCHES[choose("match", match, MATCHES)]
+        self.splits = [list(split) for split in splits] if splits is not None else [[c] for c in channels]
+        self.shares = tuple(shares)
+        if [sum(split) for split in self.splits] != list(channels) or {len(s) for s in self.splits} != {len(shares)}:
+            raise ValueError(
+                f"{len(shares)} teachers' channels {self.splits} do not add up to the levels' {list(channels)}"
             )
         self.statistics = FeatureStatistics(channels)
         self.weights = {"structure": structure, "context": context, "logits": logits}
@@ -122,28 +136,53 @@ class CrossLevelFeatureLoss(nn.Module):
     def forward(self, prior: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Parts]:
         self._check(prior, teacher)
         with torch.autocast(prior[0].device.type, enabled=False):
+            prior, teacher = [f.float() for f in prior], [f.float() for f in teacher]
             r, t = self._standardise(prior), self._standardise(teacher)
             terms = {}
             if self.weights["structure"]:
-                terms["structure"] = sum(_hierarchical(a, b) for a, b in zip(r, t, strict=True)) / len(r)
+                pairs = zip(r, t, strict=True) if self.match.standardised else zip(prior, teacher, strict=True)
+                levels = [self._shared(self.match.distance, a, b, i) for i, (a, b) in enumerate(pairs)]
+                terms["structure"] = sum(levels) / len(levels)
             if self.weights["context"]:
-                terms["context"] = (1 - F.cosine_similarity(r[-1].mean((2, 3)), t[-1].mean((2, 3)))).mean()
+                terms["context"] = self._shared(_context, r[-1], t[-1], -1)
             if self.weights["logits"]:
-                student, target = (self._classify[0](x[-1].float()).log_softmax(1) for x in (prior, teacher))
-                terms["logits"] = F.kl_div(student, target.detach(), reduction="batchmean", log_target=True)
+                terms["logits"] = self._divergence(prior[-1], teacher[-1])
             total = sum((self.weights[name] * term for name, term in terms.items()), torch.zeros_like(r[0].sum()))
         return total, {name: term.detach() for name, term in terms.items()}
 
     @torch.no_grad()
-    def similarity(self, prior: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    def similarity(self, features: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return, per level [L], the cosine of n(r_l) and n(t_l) over channels, averaged over positions and batch.
 
-        1: the same direction everywhere; about 0: unrelated.
+        1: the same direction everywhere; about 0: unrelated. Several teachers: the mean of each one's cosine, weighed
+        by its part; features with the first teacher's channels alone are compared with that teacher's.
         """
-        self._check(prior, teacher)
-        with torch.autocast(prior[0].device.type, enabled=False):
-            r, t = self._standardise(prior), self._standardise(teacher)
-            return torch.stack([F.cosine_similarity(a, b, dim=1).mean() for a, b in zip(r, t, strict=True)])
+        first = [split[0] for split in self.splits]
+        if len(self.shares) > 1 and [f.shape[1] for f in features] == first:
+            r, t = ([x[:, :c] for x, c in zip(side, first, strict=True)] for side in (features, teacher))
+            return self._similarity(r, t, lambda a, b, level: _cosine(a, b))
+        self._check(features, teacher)
+        return self._similarity(features, teacher, lambda a, b, level: self._shared(_cosine, a, b, level))
+
+    def _similarity(self, features: Sequence, teacher: Sequence, compare: Callable) -> torch.Tensor:
+        self._calibrated()
+        with torch.autocast(features[0].device.type, enabled=False):
+            r, t = self._standardise(features), self._standardise(teacher)
+            return torch.stack([compare(a, b, level) for level, (a, b) in enumerate(zip(r, t, strict=True))])
+
+    def _shared(self, distance: Callable, r: torch.Tensor, t: torch.Tensor, level: int) -> torch.Tensor:
+        """The mean of a distance between each teacher's channels of a level, weighed by the teachers' parts."""
+        parts = zip(self.shares, *(x.split(self.splits[level], dim=1) for x in (r, t)), strict=True)
+        return sum(share * distance(a, b) for share, a, b in parts)
+
+    def _divergence(self, prior: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        student, target = (self._classify[0](x) for x in (prior, teacher))
+        if isinstance(student, torch.Tensor):
+            student, target = (student,), (target,)
+        return sum(
+            share * F.kl_div(a.log_softmax(1), b.log_softmax(1).detach(), reduction="batchmean", log_target=True)
+            for share, a, b in zip(self.shares, student, target, strict=True)
+        )
 
     def _standardise(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [self.statistics.normalise(f.float(), level) for level, f in enumerate(features)]
@@ -152,34 +191,16 @@ class CrossLevelFeatureLoss(nn.Module):
         mine, theirs = [tuple(f.shape) for f in prior], [tuple(f.shape) for f in teacher]
         if mine != theirs:
             raise ValueError(f"the prior's levels {mine} do not match the teacher's {theirs}: same crop, same levels")
+        self._calibrated()
+
+    def _calibrated(self) -> None:
         if not self.statistics.calibrated:
             raise ValueError("feature losses are not calibrated: call calibrate with teacher features before training")
 
 
-def _hierarchical(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Return the weighted mean, over the grids, of the mean squared difference of pooled r and t [B, C, h, w]."""
-    difference = r - t
-    loss, weights = difference.square().mean(), 1.0
-    for k, grid in enumerate(GRIDS, start=1):
-        if grid < max(difference.shape[-2:]):
-            loss = loss + 2.0**-k * _pool(difference, grid).square().mean()
-            weights += 2.0**-k
-    return loss / weights
+def _context(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return (1 - F.cosine_similarity(r.mean((2, 3)), t.mean((2, 3)))).mean()
 
 
-def _pool(x: torch.Tensor, grid: int) -> torch.Tensor:
-    """Average x [B, C, h, w] over an at most grid × grid partition of its cells.
-
-    Products with averaging matrices, because adaptive pooling's gradient is not deterministic on CUDA.
-    """
-    rows, columns = (_averaging(size, min(grid, size), x) for size in x.shape[-2:])
-    return rows @ x @ columns.T
-
-
-def _averaging(size: int, cells: int, like: torch.Tensor) -> torch.Tensor:
-    """Return [cells, size]: row i averages the entries from ⌊i·size/cells⌋ up to ⌈(i+1)·size/cells⌉."""
-    matrix = torch.zeros(cells, size)
-    for i in range(cells):
-        start, stop = i * size // cells, math.ceil((i + 1) * size / cells)
-        matrix[i, start:stop] = 1 / (stop - start)
-    return matrix.to(like)
+def _cosine(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return F.cosine_similarity(r, t, dim=1).mean()

@@ -26,3 +26,17 @@ def learning_rates(step: int, config: Config) -> tuple[float, float]:
         min(1.0, max(0, trained) / config.optim.warmup) if config.optim.warmup and config.train.distill_steps else 1.0
     )
     return (lr * ramp if trained > 0 else 0.0), lr * config.optim.prior_lr_scale
+
+
+def cfl_weight(step: int, config: Config) -> float:
+    """Weight λ of cross-level feature learning at the 0-based `step`: 1 while the student distills, then from loss.cfl
+    to loss.cfl_final, which the last step has."""
+    if step < config.train.distill_steps:
+        return 1.0
+    first, last = config.loss.cfl, config.loss.cfl_final
+    if last is None:
+        return first
+    done = (step - config.train.distill_steps) / max(1, config.train.steps - 1 - config.train.distill_steps)
+    done = min(1.0, done)
+    share = done if config.loss.cfl_schedule == "linear" else 0.5 * (1 - math.cos(math.pi * done))
+    return first + (last - first) * share

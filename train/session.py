@@ -31,7 +31,7 @@ from train.run_folder import RunFolder, config_digest, deciding, git_commit, log
 from train.saved import model_folder
 from train.signals import StopRequest
 from train.sources import data_sources, digest_of, open_sets, pair_loader, with_resolved_data
-from train.task import CALIBRATION_CROPS, DeblurTask, build_model, trainable
+from train.task import DeblurTask, build_model, teacher_names, trainable
 
 VALIDATION_SEED = 0  # the validation list is the same for every training seed
 PANEL_TIERS = ("severe", "extreme", "moderate")
@@ -113,7 +113,7 @@ class Session:
                 "train": self.config.train.model_copy(update={"accumulation": 1, "batch": 8}),
             }
         )
-        batches = CALIBRATION_CROPS // single.train.batch
+        batches = self.config.loss.statistics_crops // single.train.batch
         for batch in pair_loader(single, self.train_sets, start=0, batches=batches, rank=0, world=1):
             yield batch["blurry"], batch["sharp"]
 
@@ -343,7 +343,7 @@ class Session:
         return {
             **self.sources,
             "model": f"{config.model.backbone['name']} with "
-            + (f"the prior of {config.model.teacher.name}" if config.model.prior else "no prior")
+            + (f"the prior of {teacher_names(config)}" if config.model.prior else "no prior")
             + f", {trainable(self.engine.module):,} trained parameters",
             "steps": f"{config.train.steps} of {config.train.batch} pairs, {config.data.crop} px crops"
             + (f"; the first {config.train.distill_steps} distill" if config.train.distill_steps else ""),

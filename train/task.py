@@ -10,11 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from model.deblurrer import Deblurrer, build_deblurrer
+from model.encoder import EncoderSpec
 from model.teacher import Teacher
+from model.teachers import Teachers
 from train.config import Config
 from train.losses import CrossLevelFeatureLoss, RestorationLoss
 
-CALIBRATION_CROPS = 64
+
+def teacher_specs(config: Config) -> list[EncoderSpec]:
+    """What the configuration's teachers are, in order; nothing is read."""
+    return [EncoderSpec(each.name, each.weights, config.model.levels) for each in config.model.teacher]
+
+
+def teacher_names(config: Config) -> str:
+    """The teachers' names, for a reader."""
+    return " + ".join(each.name for each in config.model.teacher)
+
+
+def build_teachers(config: Config) -> Teachers:
+    """The configuration's teachers with their weights, on the CPU. ValueError where weights are absent or unfit."""
+    teachers = config.model.teacher
+    return Teachers(
+        [
+            Teacher(each.name, each.weights, config.model.levels, precision=each.precision, compiled=each.compile)
+            for each in teachers
+        ],
+        [each.weight for each in teachers],
+    )
 
 
 def build_model(config: Config, *, read_weights: bool = True) -> Deblurrer:
@@ -24,12 +46,12 @@ def build_model(config: Config, *, read_weights: bool = True) -> Deblurrer:
         backbone=model.backbone,
         prior=model.prior,
         levels=model.levels,
-        teacher=model.teacher.name,
-        teacher_weights=model.teacher.weights,
+        teachers=teacher_specs(config),
         student=model.student.name,
         student_weights=model.student.weights,
         student_batch_norm=model.student.batch_norm,
         student_frozen_levels=model.student.frozen_levels,
+        fusion=model.student.fusion,
         fusion_width=model.student.width,
         residual_prior=model.student.residual,
         spe_dim=model.spe.dim,
@@ -51,17 +73,21 @@ class DeblurTask:
         self.config, self.device = config, device
         weights = config.loss
         self.restoration = RestorationLoss(weights.pixel, weights.frequency).to(device)
-        self.teacher: Teacher | None = None
+        self.teacher: Teachers | None = None
         self.features: CrossLevelFeatureLoss | None = None
         if config.model.prior:
-            model = config.model
-            self.teacher = Teacher(model.teacher.name, model.teacher.weights, model.levels).to(device)
+            self.teacher = build_teachers(config).to(device)
+            if weights.logits:
+                self.teacher.check_classifiers()
             self.features = CrossLevelFeatureLoss(
                 self.teacher.channels,
                 structure=weights.structure,
                 context=weights.context,
                 logits=weights.logits,
                 classify=self.teacher.logits if weights.logits else None,
+                match=weights.match,
+                splits=self.teacher.splits,
+                shares=self.teacher.weights,
             ).to(device)
 
     def calibrate(self, module: Deblurrer, images: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -79,21 +105,25 @@ class DeblurTask:
         *,
         distill: bool,
         autocast: contextlib.AbstractContextManager,
+        cfl: float | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch (a mean over its pairs) and its detached parts. distill: the student alone learns."""
+        """The loss of a batch (a mean over its pairs) and its detached parts. distill: the student alone learns. cfl:
+        the weight λ of its feature losses beside the restoration loss; None: the configuration's first."""
         blurry, sharp = as_float(batch["blurry"], self.device), as_float(batch["sharp"], self.device)
         out = forward(blurry, prior_only=True) if distill else forward(blurry)
         total, parts = sharp.new_zeros(()), {}
         if not distill:
             loss, parts = self.restoration(out.restored, sharp)
             total = total + loss
-        weight = 1.0 if distill else self.config.loss.cfl
+        weight = 1.0 if distill else self.config.loss.cfl if cfl is None else cfl
         if self.teacher is not None and self.features is not None and weight > 0:
             with autocast:
                 target = self.teacher(sharp)
             loss, more = self.features(out.prior, target)
             total = total + weight * loss
             parts = {**parts, **more}
+        if self.config.loss.cfl_final is not None:
+            parts["cfl_weight"] = sharp.new_tensor(weight)
         return total, parts
 
     @property

@@ -1,12 +1,16 @@
 """The teacher: real ImageNet weights offline, level features of every size, frozen whatever a trainer does."""
 
+from functools import partial
+
 import pytest
 import skimage.data
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import save_file
 
-from model.encoder import Encoder, EncoderSpec, build_encoder, level_channels, pair_by_order
+from model.encoder import Encoder, EncoderSpec, build_encoder, level_channels
 from model.teacher import Teacher
+from model.weights import pair_by_order
 
 CATS = slice(281, 286)
 ESPRESSO = 967
@@ -143,21 +147,42 @@ def test_weights_from_a_file_and_what_is_wrong_with_it(resnet, tmp_path):
         Teacher("resnet18", weights="nowhere.pth")
 
 
-def test_weights_out_of_reach_are_one_clear_error(monkeypatch):
-    import timm
+def test_weights_out_of_reach_are_one_clear_error_at_once(monkeypatch):
+    import urllib.request
 
-    create = timm.create_model
+    asked = []
 
-    def offline(name, pretrained=False, **options):
-        if pretrained:
-            raise OSError("no route")
-        return create(name, pretrained=False, **options)
+    def offline(request, timeout):
+        asked.append((request.full_url, timeout))
+        raise urllib.error.URLError(OSError("no route"))
 
-    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
     with pytest.raises(ValueError, match="neither in the local cache nor reachable") as caught:
         Teacher("resnet18")
     assert "\n" not in str(caught.value)
-    assert "efficientnet_lite0" in str(caught.value)
+    for word in ("no route", "model.safetensors of timm/resnet18", "efficientnet_lite0"):
+        assert word in str(caught.value)
+    assert len(asked) == 1  # one question, no minute of retries
+
+
+def test_published_weights_come_from_the_local_cache_without_a_network(resnet, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    revision, repository = "0" * 40, tmp_path / "models--timm--resnet18.a1_in1k"
+    snapshot = repository / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    state = {k: v.clone() + 1 for k, v in resnet.encoder.net.state_dict().items()}
+    save_file(state, snapshot / "model.safetensors")
+    monkeypatch.setattr("model.weights.try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir=tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(Teacher("resnet18").encoder.net.conv1.weight, state["conv1.weight"])
+    (snapshot / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"in the local cache are damaged .*remove .*model\.safetensors") as caught:
+        Teacher("resnet18")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +191,9 @@ def test_weights_out_of_reach_are_one_clear_error(monkeypatch):
         ("resnt18", 4, "did you mean resnet18"),
         ("resnet18", 5, "set fewer levels"),
         ("resnet18", 0, "at least 1 level"),
-        ("vit_tiny_patch16_224", 4, "features at strides 16"),
+        ("volo_d1_224", 4, "features at strides 8, 16, but 4 levels need strides 4, 8, 16, 32"),
+        ("test_vit_relpos", 4, "takes any size"),
+        ("light", 4, "can be a student only"),
         ("inception_v3", 4, "takes any size"),
     ],
 )
