@@ -1,64 +1,160 @@
-"""A trained model as two files that need nothing but this package: `model.safetensors` and `config.yaml`."""
+"""A trained model as files that need nothing but this package: `model.safetensors`, which holds its configuration too,
+and `config.yaml` beside it for reading; or one .safetensors file of any name.
+"""
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+CONFIG_KEY = "config"  # of the metadata in the weights' file: the YAML text
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def save_pretrained(folder: str | Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    """Write a full state dict and its resolved config; each file appears whole or not at all.
+class SafetensorsWriter:
+    """Writes a .safetensors file tensor by tensor, so that no more than one of them is in memory.
 
-    The tensors keep their dtype (fp32 or bf16) and are copied to the CPU. The config is written last: a folder with a
-    config has its weights. Raises ValueError when the folder cannot be written.
+    layout: (name, shape, dtype) of every tensor, in the order in which `write` will get them. The file appears under
+    its name when the block ends without an error.
     """
-    folder = Path(folder)
-    tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Sequence[tuple[str, Sequence[int], torch.dtype]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path, self._layout, self._written = Path(path), list(layout), 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        end = 0
+        for name, shape, dtype in self._layout:
+            start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = len(text).to_bytes(8, "little") + text
+
+    def __enter__(self) -> "SafetensorsWriter":
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._file = open(self._temporary, "wb")
+        self._file.write(self._header)
+        return self
+
+    def write(self, tensor: torch.Tensor) -> None:
+        """The next tensor, cast to the dtype that the layout names."""
+        name, shape, dtype = self._layout[self._written]
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} instead of {tuple(shape)}")
+        flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+        self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._written += 1
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        try:
+            if kind is None:
+                if self._written != len(self._layout):
+                    raise ValueError(f"{self.path}: {self._written} of {len(self._layout)} tensors were written")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._temporary, self.path)
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """The YAML text of a resolved configuration."""
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+
+
+def save_pretrained(path: str | Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    """Write a full state dict and its resolved config into a folder, or, where `path` ends in .safetensors, into that
+    one file; each file appears whole or not at all.
+
+    The tensors keep their dtype (fp32 or bf16). The config is written last: a folder with a config has its weights.
+    Raises ValueError when it cannot be written.
+    """
+    path = Path(path)
+    single = path.suffix == ".safetensors"
+    text = config_text(config)
+    layout = [(name, value.shape, value.dtype) for name, value in sorted(state.items(), key=_widest_first)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        (path.parent if single else path).mkdir(parents=True, exist_ok=True)
+        with SafetensorsWriter(path if single else path / WEIGHTS, layout, {CONFIG_KEY: text}) as file:
+            for name, *_ in layout:
+                file.write(state[name])
+        if not single:
+            write_config(path, text)
     except OSError as error:
-        raise ValueError(f"cannot write the model to {folder}: {error.strerror or error}") from error
+        raise ValueError(f"cannot write the model to {path}: {error.strerror or error}") from error
 
 
-def load_config(folder: str | Path) -> dict[str, Any]:
-    """Return the config a model was saved with; ValueError if it is absent or no YAML mapping."""
-    path = Path(folder) / CONFIG
+def write_config(folder: Path, text: str) -> None:
+    """Put config.yaml into a folder, whole or not at all."""
+    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _widest_first(item: tuple[str, torch.Tensor]) -> tuple[int, str]:
+    """The format wants every tensor aligned to its dtype."""
+    return -item[1].dtype.itemsize, item[0]
+
+
+def _weights_file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / WEIGHTS
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """Return the config saved with a folder's or file's model; ValueError if it is absent or no YAML mapping."""
+    path = Path(path)
+    place = path if path.suffix == ".safetensors" else path / CONFIG
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = _embedded_config(place) if place == path else place.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
     except FileNotFoundError as error:
-        raise ValueError(f"no model in {folder}: {CONFIG} is absent (name a folder written by training)") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"no model in {path}: {place.name} is absent (name a folder written by training)") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, SafetensorError) as error:
+        raise ValueError(f"{place} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: a mapping of settings is expected")
+        raise ValueError(f"{place} is damaged: a mapping of settings is expected")
     return config
 
 
-def load_state(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Return the saved state dict, on the CPU; ValueError if the file is absent or damaged."""
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise ValueError(f"no model in {folder}: {WEIGHTS} is absent (name a folder written by training)")
+def _embedded_config(file: Path) -> str:
+    with safe_open(file, framework="pt") as opened:
+        text = (opened.metadata() or {}).get(CONFIG_KEY)
+    if text is None:
+        raise ValueError(f"{file}: was not written by this program: it says no configuration")
+    return text
+
+
+def load_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """Return the saved state dict of a folder or file, on the CPU; ValueError if it is absent or damaged."""
+    file = _weights_file(path)
+    if not file.is_file():
+        raise ValueError(f"no model in {path}: {file.name} is absent (name a folder written by training)")
     try:
-        return load_file(path)
+        return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): save the model again") from error
+        raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}): save the model again") from error
 
 
-def load_pretrained(model: nn.Module, folder: str | Path) -> None:
-    """Load a saved state dict into `model`, strictly; ValueError names the keys and shapes that do not fit."""
-    load_strictly(model, load_state(folder), str(Path(folder) / WEIGHTS))
+def load_pretrained(model: nn.Module, path: str | Path) -> None:
+    """Load a folder's or file's state dict into `model`, strictly; ValueError names the keys and shapes that do not
+    fit."""
+    load_strictly(model, load_state(path), str(_weights_file(path)))
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints: written beside their final name, renamed when whole, verified before use, pruned to the newest and best.
 
-checkpoints/step-00000500/   engine/            DeepSpeed's state of every rank
-                             ema-rank0.pt, …    averaged weights (one file a rank under ZeRO-3, else rank 0's)
+checkpoints/step-00000500/   state/             weights, Adam's moments and averages, of every rank (train/universal.py)
                              rng-rank0.pt, …    torch's random state
                              loss.pt            statistics that normalise the teacher's features
                              model.safetensors  averaged weights, fp32, with config.yaml: loads without DeepSpeed
@@ -18,17 +17,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from model.pretrained import save_pretrained
+from model.pretrained import CONFIG_KEY, WEIGHTS, SafetensorsWriter, config_text, write_config
 from train.config import Config
 from train.ema import Ema
 from train.engine import Engine, zero3_gathered
+from train.universal import read_state_into, write_state
 
 STEP = re.compile(r"^step-(\d+)$")
 
@@ -115,22 +116,12 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
         with engine.agreed(), _writing(unfinished):
-            engine.engine.save_checkpoint(str(unfinished / "engine"), tag="state", save_latest=False)
-            if engine.main or state.zero == 3:
-                torch.save(ema.state_dict(), unfinished / f"ema-rank{engine.rank}.pt")
+            write_state(unfinished, engine, ema)
             torch.save(_random_state(), unfinished / f"rng-rank{engine.rank}.pt")
-        weights = averaged_weights(engine, ema)
-        with engine.agreed():
-            broken = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
-            if broken is not None:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                raise CheckpointError(
-                    f"{final}: not written, the weights are not finite ({broken}): start again from an older "
-                    "checkpoint: --init it, with a lower optim.lr and another run.name"
-                )
+        with _writing(unfinished):
+            write_model(unfinished, engine, ema, config)
         with engine.agreed(), _writing(unfinished):
             if engine.main:
-                save_pretrained(unfinished, weights, config.model_dump(mode="json"))
                 torch.save(loss_state, unfinished / "loss.pt")
                 write_text(unfinished / "run.json", json.dumps(asdict(state), indent=1) + "\n")
                 _seal(unfinished)
@@ -143,11 +134,19 @@ class Checkpoints:
         return final
 
     def restore(self, path: Path, engine: Engine, ema: Ema) -> dict:
-        """Load a verified checkpoint into a wrapped engine and its average; returns the loss's state."""
-        engine.engine.load_checkpoint(str(path / "engine"), tag="state")
-        mine = path / f"ema-rank{engine.rank if engine.config.engine.zero == 3 else 0}.pt"
-        ema.load_state_dict(torch.load(mine, map_location=engine.device, weights_only=True))
-        _restore_random_state(torch.load(path / f"rng-rank{engine.rank}.pt", weights_only=True))
+        """Load a verified checkpoint into a wrapped engine and its average, whatever ranks and ZeRO stage wrote it;
+        returns the loss's state.
+
+        torch's random state comes back where the number of ranks is the same; on another number every rank starts one
+        that depends on (seed, step, rank).
+        """
+        read_state_into(path, engine, ema)
+        state = read_state(path)
+        if state.world == engine.world:
+            _restore_random_state(torch.load(path / f"rng-rank{engine.rank}.pt", weights_only=True))
+        else:
+            facts = f"{state.seed}/{state.step}/{engine.rank}".encode()
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(facts, digest_size=7).digest(), "little"))
         return torch.load(path / "loss.pt", map_location=engine.device, weights_only=True)
 
     def _prune(self, state: RunState) -> None:
@@ -179,26 +178,67 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def averaged_weights(engine: Engine, ema: Ema) -> dict[str, torch.Tensor]:
-    """The whole averaged state dict in fp32 on the CPU, on rank 0 (empty elsewhere); every rank calls this."""
-    weights: dict[str, torch.Tensor] = {}
-    with ema.in_place_of_weights():
-        for prefix, module in engine.module.named_modules():
-            own = list(module.parameters(recurse=False))
-            with zero3_gathered(own):
-                if engine.main:
-                    weights.update(_own_state(module, prefix))
-    return weights
+def write_model(folder: Path, engine: Engine, ema: Ema, config: Config) -> None:
+    """Write the averaged model, one tensor after the other; every rank calls this. CheckpointError where a weight is
+    not finite: nothing of it stays."""
+    tensors = _model_tensors(engine.module, ema)
+    text = config_text(config.model_dump(mode="json"))
+    layout = [(name, shape, dtype) for name, shape, dtype, _ in tensors]
+    file = SafetensorsWriter(folder / WEIGHTS, layout, {CONFIG_KEY: text})
+    opened, failure = contextlib.ExitStack(), None
+
+    def attempt(work: Callable[[], object]) -> None:
+        """On rank 0; a failure waits for the end, because the other ranks are in the collectives below."""
+        nonlocal failure
+        if engine.main and failure is None:
+            try:
+                work()
+            except Exception as error:
+                failure = error
+
+    attempt(lambda: opened.enter_context(file))
+    for name, *_, whole in tensors:
+        value = whole()
+        attempt(partial(_write_finite, file, name, value, folder))
+    with engine.agreed():
+        if failure is not None:
+            opened.__exit__(type(failure), failure, None)
+            raise failure
+        opened.close()
+        if engine.main:
+            write_config(folder, text)
 
 
-def _own_state(module: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers that belong to this very module, by their full names."""
-    state: dict[str, torch.Tensor] = {}
-    module._save_to_state_dict(state, f"{prefix}." if prefix else "", keep_vars=False)
-    return {
-        name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
-        for name, tensor in state.items()
-    }
+def _write_finite(file: SafetensorsWriter, name: str, value: torch.Tensor, folder: Path) -> None:
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder.with_suffix('')}: not written, the weights are not finite ({name}): start again from an older "
+            "checkpoint: --init it, with a lower optim.lr and another run.name"
+        )
+    file.write(value)
+
+
+def _model_tensors(
+    module: nn.Module, ema: Ema
+) -> list[tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]]:
+    """(name, shape, dtype, how to get it whole) of the averaged model's tensors, in the same order on every rank."""
+    found = []
+    for prefix, part in module.named_modules():
+        own: dict[str, torch.Tensor] = {}
+        part._save_to_state_dict(own, f"{prefix}." if prefix else "", keep_vars=True)
+        for name, tensor in own.items():
+            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            whole = partial(ema.whole, name) if name in ema.averages else partial(_whole, tensor)
+            found.append((name, shape, dtype, whole))
+    return sorted(found, key=lambda entry: (-entry[2].itemsize, entry[0]))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A frozen parameter or a buffer; collective under ZeRO-3."""
+    with zero3_gathered([tensor]):
+        return tensor.detach().clone()
 
 
 def read_state(path: Path) -> RunState:

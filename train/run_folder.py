@@ -120,18 +120,19 @@ def start_logging(folder: RunFolder | None, console: Console) -> None:
 
 
 def deciding(config: Config) -> dict[str, Any]:
-    """What of a configuration decides the losses of a run: not its name, nor what is written when, nor who computes.
-    The data themselves are known by their index's digest; a cached feature equals a computed one in its stored form."""
+    """What of a configuration decides the losses of a run: not its name, nor what is written when, nor who computes
+    (of the engine only the precision, and what goes to DeepSpeed as it is, count; of a batch its whole size). The data
+    themselves are known by their index's digest; a cached feature equals a computed one in its stored form."""
     facts = config.model_dump(mode="json", exclude={"run": {"name", "root"}, "checkpoint": True, "eval": True})
     facts["data"]["weights"] = [source["weight"] for source in facts["data"]["train"] or [{"weight": 1.0}]]
     for section, keys in (
         ("data", ("workers", "train", "val", "cache")),
-        ("train", ("log_every",)),
+        ("train", ("log_every", "accumulation")),
         ("features", ("cache", "folder", "limit_gib", "check_every")),
-        ("engine", ("cpu_threads", "timeout_minutes")),
     ):
         for key in keys:
             del facts[section][key]
+    facts["engine"] = {key: facts["engine"][key] for key in ("precision", "deepspeed")}
     return facts
 
 

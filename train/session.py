@@ -86,6 +86,7 @@ class Session:
             if checkpoint.resolve() == self.checkpoints.path(self.step).resolve():
                 self._saved = self.step
             log.info("resumed %s at step %d of %d", checkpoint, self.step, config.train.steps)
+            self._say_what_changed(checkpoint)
         self._open_writers()
         self._seconds = 0.0
         self.progress: TrainingProgress | None = None
@@ -151,16 +152,6 @@ class Session:
         """CheckpointError where going on would not be the same run."""
         state, config = read_state(path), self.config
         for name, was, now in (
-            ("ranks", state.world, self.engine.world),
-            ("engine.zero", state.zero, config.engine.zero),
-            ("run.seed", state.seed, config.run.seed),
-        ):
-            if was != now:
-                raise CheckpointError(
-                    f"{path}: was written with {name} {was}, not {now}: use {was}, or start a run from its weights "
-                    f"with --init {path}"
-                )
-        for name, was, now in (
             ("training", state.index_digest, digest_of(self.train_sets)),
             ("validation", state.val_digest, self.val_set.digest),
         ):
@@ -172,6 +163,17 @@ class Session:
                 f"{path}: the configuration differs ({', '.join(differing[:4])}): undo that, or start a run with "
                 f"--init {path}"
             )
+
+    def _say_what_changed(self, path: Path) -> None:
+        """One line about another number of ranks, ZeRO stage, accumulation or way of computing than before."""
+        state, before = read_state(path), load_config(path / "config.yaml")
+        changed = [f"ranks {state.world} → {self.engine.world}"] if state.world != self.engine.world else []
+        changed += _differences({"engine": before.engine.model_dump()}, {"engine": self.config.engine.model_dump()})
+        if before.train.accumulation != self.config.train.accumulation:
+            changed.append(f"train.accumulation {before.train.accumulation} → {self.config.train.accumulation}")
+        if changed:
+            log.info("its state was divided anew: %s; the global batch stays %d pairs", ", ".join(changed),
+                     self.config.train.batch)  # fmt: skip
 
     # -- the loop's calls ---------------------------------------------------------------------------------------------
 

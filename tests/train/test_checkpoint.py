@@ -7,23 +7,23 @@ import pytest
 import torch
 from torch import nn
 
+from model.pretrained import SafetensorsWriter
 from train.checkpoint import CheckpointError, Checkpoints, RunState, damage
 from train.config import Config
 from train.ema import Ema
+from train.universal import COUNTERS
 
 
 class OneProcess:
     """As much of an engine as saving needs."""
 
-    main, rank, config = True, 0, Config()
+    main, rank, world, config = True, 0, 1, Config()
+    device = torch.device("cpu")
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.engine = types.SimpleNamespace(save_checkpoint=self.write)
-
-    @staticmethod
-    def write(folder: str, tag: str, save_latest: bool) -> None:
-        torch.save({}, f"{folder}.pt")
+        counters = dict.fromkeys(COUNTERS, 0)
+        self.engine = types.SimpleNamespace(optimizer=torch.optim.AdamW(module.parameters()), **counters)
 
     def agreed(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
@@ -65,9 +65,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(made, monkeyp
     save(made, 1)
 
     def full(*_, **__):
-        raise RuntimeError("[enforce fail] write failed: No space left on device")
+        raise OSError(28, "No space left on device")
 
-    made[1].engine.save_checkpoint = full
+    monkeypatch.setattr(SafetensorsWriter, "write", full)
     with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
         save(made, 2)
     assert made[0].steps() == [1]
