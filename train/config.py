@@ -233,24 +233,43 @@ class TrainSection(Section):
 
 class EngineSection(Section):
     zero: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: DeepSpeed's torch_autocast over fp32 parameters."""
+    """DeepSpeed ZeRO stage: 1 divides Adam's state among the ranks, 2 gradients too, 3 parameters too."""
+    precision: Literal["fp32", "bf16", "bf16_params", "fp16"] = "fp32"
+    """fp32; bf16: torch.autocast over fp32 parameters, the usual choice on GPUs; bf16_params: parameters and gradients
+    in bf16 beside a fp32 master copy, saves memory (ZeRO ≥ 1); fp16: the same in fp16 with a dynamic loss scale, for
+    GPUs without bf16 (ZeRO ≥ 1)."""
     offload: Literal["none", "cpu"] = "none"
-    """Where optimizer state lives (cpu needs a C++ compiler once, ZeRO ≥ 1)."""
+    """Where Adam's state lives and is updated (cpu needs a C++ compiler once, ZeRO ≥ 1)."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Where parameters live that are not in use (cpu needs ZeRO 3)."""
+    checkpointing: bool = False
+    """Keep only the inputs of residual blocks and embeddings for the backward pass, and compute the rest again: less
+    memory, about a third more time, the same losses."""
+    channels_last: bool = False
+    """Images and feature maps with neighbouring channels side by side in memory, which convolutions on GPUs prefer."""
+    compile: bool = False
+    """Run the network through torch.compile: minutes at the start, faster steps (needs a C++ compiler)."""
     overlap_comm: bool = False
-    """Overlap of gradient reduction with the backward pass."""
+    """Overlap of gradient reduction with the backward pass (ZeRO ≥ 1)."""
     cpu_threads: int | None = Field(default=None, ge=1)
     """Threads per rank without a GPU; None shares the cores among the ranks of the node."""
     timeout_minutes: int = Field(default=30, ge=1)
-    """Limit of one collective call."""
+    """Limit of one collective call, and of the wait for all ranks at the start."""
     deepspeed: dict = Field(default_factory=dict)
     """Further DeepSpeed settings, merged over ours; a key that a field here sets is refused."""
 
     @model_validator(mode="after")
-    def _offloadable(self) -> EngineSection:
-        if self.offload == "cpu" and self.zero == 0:
-            raise ValueError("offload cpu needs zero 1, 2 or 3")
+    def _possible(self) -> EngineSection:
+        if self.zero == 0:
+            # DeepSpeed 0.19.8 ignores an offload without ZeRO, and its optimizer for 16-bit parameters without ZeRO
+            # takes other steps than every other stage (docs/LOG.md).
+            for name in ("precision", "offload", "overlap_comm"):
+                value = getattr(self, name)
+                if value in ("bf16_params", "fp16", "cpu", True):
+                    shown = str(value).lower() if isinstance(value, bool) else value
+                    raise ValueError(f"{name} {shown} needs zero 1, 2 or 3, which also work on one rank")
+        if self.offload_parameters == "cpu" and self.zero != 3:
+            raise ValueError(f"offload_parameters cpu needs zero 3: zero {self.zero} keeps whole parameters")
         return self
 
 
