@@ -53,11 +53,13 @@ class TierSummary:
 
 @dataclass
 class Evaluation:
-    """Scores of all pairs; per level, the mean cosine similarity to the teacher of the prior and, as a yardstick, of
-    the teacher's own features of the blurry picture (empty without a prior)."""
+    """Scores of all pairs; per level, the mean cosine similarity to the teacher's features of the sharp picture of the
+    prior, of the student's own features (empty where their channels differ), and, as a yardstick, of the untouched
+    teacher's features of the blurry picture. All empty without a prior."""
 
     scores: list[Score] = field(default_factory=list)
     similarity: list[float] = field(default_factory=list)
+    student_similarity: list[float] = field(default_factory=list)
     blurry_similarity: list[float] = field(default_factory=list)
     pictures: list[tuple[Score, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
 
@@ -81,6 +83,7 @@ class Evaluation:
         return {
             "tiers": [asdict(summary) for summary in self.tiers()],
             "similarity": self.similarity,
+            "student_similarity": self.student_similarity,
             "blurry_similarity": self.blurry_similarity,
         }
 
@@ -145,7 +148,8 @@ def evaluate_pairs(
                 result.pictures.append((score, seen, restored, truth))
             if teacher is not None and similarity is not None and out.prior is not None:
                 target = teacher(sharp)
-                sums.append(torch.stack([similarity(out.prior, target), similarity(teacher(blurry), target)]).cpu())
+                seen_by = [out.prior, teacher(blurry), *([out.student] if out.student is not None else [])]
+                sums.append(torch.stack([similarity(features, target) for features in seen_by]).cpu())
             on_forward()
         for _ in range(len(result.scores), forwards):
             network(torch.zeros(1, 3, dummy_size, dummy_size, device=device))
@@ -153,7 +157,8 @@ def evaluate_pairs(
     finally:
         network.train(was_training)
     if sums:
-        result.similarity, result.blurry_similarity = torch.stack(sums).double().mean(0).tolist()
+        means = torch.stack(sums).double().mean(0).tolist()
+        result.similarity, result.blurry_similarity, result.student_similarity = [*means, []][:3]
     return result
 
 
@@ -166,7 +171,7 @@ def merge(parts: Sequence[Evaluation]) -> Evaluation:
     measured = [part for part in parts if part.similarity]
     if measured:
         weights = np.array([len(part.scores) for part in measured], np.float64)
-        for name in ("similarity", "blurry_similarity"):
+        for name in ("similarity", "student_similarity", "blurry_similarity"):
             values = np.array([getattr(part, name) for part in measured])
             setattr(whole, name, (weights @ values / weights.sum()).tolist())
     whole.scores.sort(key=_place)

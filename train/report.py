@@ -1,4 +1,4 @@
-"""What a run shows: panel.png, curve.png and report.md."""
+"""What a run shows: panel.png, curve.png, similarity.png and report.md."""
 
 from __future__ import annotations
 
@@ -69,6 +69,38 @@ def draw_curve(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_similarity(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """The prior's similarity to the teacher over steps, a picture per level, beside the student's own features and the
+    untouched teacher on the blurry image. False, and no file, where nothing was measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measured = [record for record in records if record.get("similarity")]
+    if not measured:
+        return False
+    levels = len(measured[0]["similarity"])
+    figure = Figure(figsize=(2.9 * levels + 0.6, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    steps = [record["step"] for record in measured]
+    lines = (
+        ("similarity", "prior", {"color": "tab:blue", "marker": "o", "markersize": 3}),
+        ("student_similarity", "student alone", {"color": "tab:orange", "marker": "s", "markersize": 3}),
+        ("blurry_similarity", "teacher on the blurry image", {"color": "0.45", "linestyle": "--"}),
+    )
+    for level, axes in enumerate(figure.subplots(1, levels, sharex=True, sharey=True, squeeze=False)[0]):
+        for name, label, style in lines:
+            if all(record.get(name) for record in measured):
+                axes.plot(steps, [record[name][level] for record in measured], label=label, **style)
+        axes.set(title=f"level {level + 1}, stride {4 * 2**level}", xlabel="step")
+        axes.grid(color="0.92")
+        if level == 0:
+            axes.set_ylabel("cosine similarity to the\nteacher on the sharp image")
+            handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=110)
+    return True
+
+
 def tier_table(evaluation: Evaluation) -> str:
     """The table of a report: a Markdown row per severity tier."""
     lines = [
@@ -94,16 +126,17 @@ def tier_lines(evaluation: Evaluation) -> list[str]:
 
 
 def similarity_table(evaluation: Evaluation, before: Sequence[float]) -> str:
-    """Mean cosine similarity to the teacher per level: at the start, now, and of the teacher's view of the blurry."""
+    """Mean cosine similarity to the teacher per level: of the prior at the start and now, of the student's own features
+    now, and of the teacher's view of the blurry."""
     lines = [
-        "| level | stride | prior at the start | prior now | teacher on the blurry image |",
-        "|---:|---:|---:|---:|---:|",
+        "| level | stride | prior at the start | prior now | student alone | teacher on the blurry image |",
+        "|---:|---:|---:|---:|---:|---:|",
     ]
     for level, now in enumerate(evaluation.similarity):
         first = f"{before[level]:.3f}" if level < len(before) else "not measured"
-        lines.append(
-            f"| {level + 1} | {4 * 2**level} | {first} | {now:.3f} | {evaluation.blurry_similarity[level]:.3f} |"
-        )
+        own = f"{evaluation.student_similarity[level]:.3f}" if evaluation.student_similarity else "other channels"
+        blurry = evaluation.blurry_similarity[level]
+        lines.append(f"| {level + 1} | {4 * 2**level} | {first} | {now:.3f} | {own} | {blurry:.3f} |")
     return "\n".join(lines)
 
 
@@ -158,4 +191,6 @@ def write_report(
             "the teacher the sharp one. The last column is what the untouched teacher makes of the blurry image.",
             "",
         ]
+        if curve:
+            lines += ["![similarity of every level over the steps](similarity.png)", ""]
     path.write_text("\n".join(lines), encoding="utf-8")

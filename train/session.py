@@ -26,7 +26,7 @@ from train.engine import Engine
 from train.evaluate import evaluate_pairs, merge
 from train.loop import StepResult
 from train.progress import TrainingProgress
-from train.report import draw_curve, draw_panel, tier_lines, write_report
+from train.report import draw_curve, draw_panel, draw_similarity, tier_lines, write_report
 from train.run_folder import RunFolder, config_digest, deciding, git_commit, log, start_logging
 from train.saved import model_folder
 from train.signals import StopRequest
@@ -181,9 +181,12 @@ class Session:
         """The training stream from where the run stands to its end."""
         config, engine = self.config, self.engine
         left = config.train.steps - self.step
+        with engine.agreed():
+            self.task.open_targets(engine.rank)
         stream = pair_loader(
             config, self.train_sets, start=self.step * config.train.batch, batches=left, rank=engine.rank,
             world=engine.world, pin_memory=engine.device.type == "cuda", device=engine.device,
+            attach=self.task.targets.attach if self.task.targets is not None else None,
         )  # fmt: skip
         if engine.main:
             self.progress = TrainingProgress(self.console, self.step, config.train.steps)
@@ -312,7 +315,7 @@ class Session:
         log.info("stopped at step %d as asked (%s); go on with --resume auto", self.step, self.stopping.agreed)
 
     def finish(self) -> None:
-        """panel.png, curve.png, report.md."""
+        """panel.png, curve.png, similarity.png, report.md."""
         self._stop_progress()
         complete = all((self.folder.path / name).exists() for name in ("report.md", "panel.png", "curve.png"))
         if self.evaluation is None and all(self.engine.gather(complete)):
@@ -327,6 +330,7 @@ class Session:
         records = self.folder.read_metrics()
         Image.fromarray(draw_panel(self.evaluation.pictures)).save(self.folder.path / "panel.png")
         draw_curve(records, self.folder.path / "curve.png")
+        draw_similarity(records, self.folder.path / "similarity.png")
         first = next((record for record in records if record["step"] == 0 and "similarity" in record), {})
         write_report(
             self.folder.path / "report.md",
@@ -382,11 +386,20 @@ class Session:
             self.progress.__exit__()
             self.progress = None
 
+    def _close_targets(self) -> None:
+        """Let the feature cache finish its writing, and say what it did."""
+        targets = self.task.targets
+        if targets is not None:
+            targets.close()
+            if (said := targets.summary()) is not None:
+                log.info("feature cache, rank %d: %s", self.engine.rank, said)
+
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         self._stop_progress()
+        self._close_targets()
         if self.engine.main:
             self.writer.close()
         if kind is None:
