@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,10 +103,12 @@ def pair_loader(
     world: int,
     pin_memory: bool = False,
     device: torch.device | None = None,
+    attach: Callable[[dict], None] | None = None,
 ) -> PairLoader:
     """The training stream of one rank from `start` samples consumed; nothing else decides its pairs.
 
-    blur.device cuda renders the blur on `device` (which must be a GPU, ValueError otherwise).
+    attach looks up what a batch needs beside its pairs, in the workers. blur.device cuda renders the blur on `device`
+    (which must be a GPU, ValueError otherwise).
     """
     data = config.data
     on_gpu = config.blur.device == "cuda" and device is not None
@@ -133,4 +135,5 @@ def pair_loader(
         max_bad_fraction=data.max_bad_fraction,
         pin_memory=pin_memory,
         device=device if on_gpu else None,
+        attach=attach,
     )

@@ -14,6 +14,7 @@ from model.encoder import EncoderSpec
 from model.teacher import Teacher
 from model.teachers import Teachers
 from train.config import Config
+from train.features import TeacherFeatures
 from train.losses import CrossLevelFeatureLoss, RestorationLoss
 
 
@@ -75,6 +76,7 @@ class DeblurTask:
         self.restoration = RestorationLoss(weights.pixel, weights.frequency).to(device)
         self.teacher: Teachers | None = None
         self.features: CrossLevelFeatureLoss | None = None
+        self.targets: TeacherFeatures | None = None
         if config.model.prior:
             self.teacher = build_teachers(config).to(device)
             if weights.logits:
@@ -98,6 +100,11 @@ class DeblurTask:
         self.features.calibrate(self.teacher(sharp) for _, sharp in pairs)
         module.calibrate(self.features.statistics, (blurry for blurry, _ in pairs))
 
+    def open_targets(self, rank: int) -> None:
+        """Have the training batches' features come through the node's cache, where the configuration wants one."""
+        if self.teacher is not None:
+            self.targets = TeacherFeatures(self.teacher, self.config, self.device, rank)
+
     def losses(
         self,
         forward: Callable[..., Any],
@@ -117,11 +124,16 @@ class DeblurTask:
             total = total + loss
         weight = 1.0 if distill else self.config.loss.cfl if cfl is None else cfl
         if self.teacher is not None and self.features is not None and weight > 0:
-            with autocast:
-                target = self.teacher(sharp)
+            if self.targets is None:
+                with autocast:
+                    target = self.teacher(sharp)
+            else:
+                target = self.targets(sharp, batch, autocast)
             loss, more = self.features(out.prior, target)
             total = total + weight * loss
             parts = {**parts, **more}
+            if self.targets is not None and self.config.features.cache != "off":
+                parts["cached"] = sharp.new_tensor(self.targets.share(batch))
         if self.config.loss.cfl_final is not None:
             parts["cfl_weight"] = sharp.new_tensor(weight)
         return total, parts
