@@ -15,7 +15,8 @@ from data.shards import ShardSet
 from model.encoder import level_channels
 from model.summary import summarize
 from train.config import Config
-from train.engine import deepspeed_settings, world_size
+from train.engine import deepspeed_settings
+from train.launch import world_size
 from train.memory import memory_per_rank
 from train.run_folder import RunFolder
 from train.sources import data_sources, open_sets, pair_loader

@@ -8,10 +8,9 @@ believes that it is alone.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
-import socket
-import tempfile
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -22,31 +21,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.config import Config
+from train.launch import settle, world_size
+from train.network import shape_network
+from train.precision import autocast, precision_settings, refuse_precision, use_sixteen_bit_parameters
+from train.ranks import meet, my_facts
 
-OURS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "torch_autocast")
-OURS_ZERO = ("stage", "overlap_comm", "offload_optimizer")
-
-
-def set_launch_defaults() -> None:
-    """Environment of a process that no launcher (or accelerate's simple one) started: rank 0 of 1, a free port."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["ACCELERATE_USE_CPU"] = "false"  # "true" would turn DeepSpeed off; the device is chosen below
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # A killed extension build leaves a lock that hangs every later one in the same folder: one folder a job. The ranks
-    # of a node share their launcher, and so its pid.
-    job = os.environ.get("SLURM_JOB_ID") or f"{os.getppid()}"
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"sharpprior-ext-{job}"))
+OURS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "torch_autocast", "bf16", "bfloat16", "fp16", "amp", "optimizer", "scheduler", "activation_checkpointing",
+    "compile",
+)  # fmt: skip
+OURS_ZERO = ("stage", "overlap_comm", "offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params")
 
 
-def world_size() -> int:
-    """Number of ranks, known before anything is initialised."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def set_launch_defaults() -> list[str]:
+    """Environment of this process as its launcher (or none) means it; what of it is not used, and why."""
+    return settle(os.environ, torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:
@@ -65,17 +55,19 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     """DeepSpeed's dictionary for a run: ours, with `engine.deepspeed` merged over it."""
     engine = config.engine
     zero: dict[str, Any] = {"stage": engine.zero, "overlap_comm": engine.overlap_comm}
+    pinned = torch.cuda.is_available()
     if engine.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    if engine.offload_parameters == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch(world),
         "gradient_accumulation_steps": config.train.accumulation,
         "gradient_clipping": config.optim.clip,
         "zero_optimization": zero,
         "steps_per_print": 10**9,
+        **precision_settings(engine),
     }
-    if engine.precision == "bf16":
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     for key, value in engine.deepspeed.items():
         if key in OURS:
             raise ValueError(f"engine.deepspeed.{key} is set by the configuration's own fields: use those")
@@ -86,6 +78,8 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
             if taken:
                 raise ValueError(f"engine.deepspeed.zero_optimization.{taken[0]} is set by the engine's own fields")
             zero.update(value)
+        elif isinstance(value, dict) and isinstance(settings.get(key), dict):
+            settings[key] = {**settings[key], **value}
         else:
             settings[key] = value
     return settings
@@ -94,11 +88,16 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
 class Engine:
     """The ranks of a run, and (after `wrap`) the trained module on them.
 
-    rank, world, device: this process's place. module: the trained nn.Module itself. engine: DeepSpeed's engine.
+    rank, world, device: this process's place. ranks: what every rank is. unused: settings of the launcher that are not
+    used, and why. module: the trained nn.Module itself. engine: DeepSpeed's engine.
     """
 
     def __init__(self, config: Config) -> None:
-        set_launch_defaults()
+        gpu = torch.cuda.is_available()
+        self.unused = set_launch_defaults()
+        settings = deepspeed_settings(config, world_size())
+        # Before the libraries below, which take seconds to load: a rank that is missing or unlike is told at once.
+        self.ranks = meet(my_facts(_digest(config)), world_size(), timedelta(minutes=config.engine.timeout_minutes))
         import deepspeed.ops
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
@@ -107,15 +106,12 @@ class Engine:
         deepspeed_logger.setLevel(logging.WARNING)
         # DeepSpeed still calls collectives by names that newer torch versions announce to drop: not the user's to mend.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
-        gpu = torch.cuda.is_available()
         if not gpu:
             # It only speeds up collectives inside a node, and needs a compiler at run time.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = config
         self._accelerator = Accelerator(
-            deepspeed_plugin=DeepSpeedPlugin(
-                hf_ds_config=deepspeed_settings(config, world_size()), zero3_init_flag=False
-            ),
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False),
             kwargs_handlers=[
                 InitProcessGroupKwargs(
                     backend="nccl" if gpu else "gloo", timeout=timedelta(minutes=config.engine.timeout_minutes)
@@ -128,8 +124,9 @@ class Engine:
         if self.world != world_size():
             raise RuntimeError(f"the launcher announced {world_size()} ranks, {self.world} came together")
         if not gpu:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            local = int(os.environ["LOCAL_WORLD_SIZE"])
             torch.set_num_threads(config.engine.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
+        refuse_precision(config.engine, self.device)
         self.engine: Any = None
 
     @property
@@ -146,10 +143,10 @@ class Engine:
         """Hand the module and a new AdamW to DeepSpeed. Only these two: the loader is sharded by its own plan."""
         groups = parameter_groups(module, self.config)
         optim = self.config.optim
+        use_sixteen_bit_parameters(module, self.config.engine, self.device)
+        shape_network(module, self.config.engine, self.device)
         if self.config.engine.offload == "cpu":
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            optimizer: Any = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas)
+            optimizer: Any = _host_adam(groups, lr=optim.lr, betas=optim.betas)
         else:
             optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=self.device.type == "cuda")
         self.engine, _ = self._accelerator.prepare(module, optimizer)
@@ -168,11 +165,20 @@ class Engine:
         self.engine.backward(loss)
         self.engine.step()
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether DeepSpeed left out the step just done, because a gradient was not finite: fp16's loss scale was too
+        large (and is halved). The same on every rank."""
+        return not self.engine.was_step_applied()
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The loss scale of fp16, None in other precisions."""
+        return float(self.engine.optimizer.loss_scale) if self.config.engine.precision == "fp16" else None
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """The run's precision for what runs outside the engine (teacher, evaluation)."""
-        if self.config.engine.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
+        return autocast(self.config.engine, self.device)
 
     def grad_norm(self) -> float | None:
         """Global gradient norm of the last step before clipping, where DeepSpeed knows it."""
@@ -233,3 +239,22 @@ def zero3_gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContext
 
         return deepspeed.zero.GatheredParameters(parameters)
     return contextlib.nullcontext()
+
+
+def _host_adam(groups: list[dict[str, Any]], **settings: Any) -> Any:
+    """DeepSpeed's AdamW on the CPU, compiled on its first use. ValueError where that does not work."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        return DeepSpeedCPUAdam(groups, **settings)
+    except Exception as error:  # compilers fail in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"engine.offload cpu: DeepSpeed's CPU Adam does not compile here ({reason}): install a C++ compiler and "
+            "ninja, or set engine.offload to none"
+        ) from error
+
+
+def _digest(config: Config) -> str:
+    """Short hash of the whole configuration: the ranks of a run must have been given the same."""
+    return hashlib.blake2b(config.model_dump_json().encode(), digest_size=4).hexdigest()
