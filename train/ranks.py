@@ -12,7 +12,6 @@ from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
 
 
 class RanksError(ValueError):
@@ -127,15 +126,25 @@ def meet(mine: RankFacts, world: int, timeout: timedelta) -> list[RankFacts]:
     return facts
 
 
-def rank_table(facts: Sequence[RankFacts]) -> Table:
-    """The ranks of a run, as shown at its start."""
-    table = Table("rank", "host", "local rank", "device", "memory, GiB", "torch", "deepspeed", title="Ranks")
-    for fact in facts:
-        table.add_row(
-            str(fact.rank), fact.host, str(fact.local_rank), fact.device, f"{fact.memory / 2**30:.1f}", fact.torch,
-            fact.deepspeed,
-        )  # fmt: skip
-    return table
+def rank_lines(facts: Sequence[RankFacts]) -> str:
+    """The ranks of a run as a table in text: a line a rank, or a line a host where there are more than 32."""
+    head = ("rank", "host", "local", "device", "memory, GiB", "torch", "deepspeed")
+    rows = [head, *((str(f.rank), f.host, str(f.local_rank), f.device, *_rest(f)) for f in facts)]
+    if len(facts) > 32:
+        hosts: dict[str, list[RankFacts]] = {}
+        for fact in facts:
+            hosts.setdefault(fact.host, []).append(fact)
+        rows = [head]
+        for host, there in hosts.items():
+            names = sorted({fact.device.partition(" ")[2] or fact.device for fact in there})
+            local = f"{there[0].local_rank}–{there[-1].local_rank}"
+            rows.append((f"{there[0].rank}–{there[-1].rank}", host, local, ", ".join(names), *_rest(there[0])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _rest(fact: RankFacts) -> tuple[str, str, str]:
+    return f"{fact.memory / 2**30:.1f}", fact.torch, fact.deepspeed
 
 
 def _wait(store: dist.Store, rank: int, world: int, timeout: timedelta) -> bytes:
