@@ -26,6 +26,7 @@ from train.engine import Engine
 from train.evaluate import evaluate_pairs, merge
 from train.loop import StepResult
 from train.progress import TrainingProgress
+from train.ranks import rank_lines
 from train.report import draw_curve, draw_panel, draw_similarity, tier_lines, write_report
 from train.run_folder import RunFolder, config_digest, deciding, git_commit, log, start_logging
 from train.saved import model_folder
@@ -61,6 +62,9 @@ class Session:
                 self.folder.lock()
                 stop.claim(self.folder.path)
                 start_logging(self.folder, self.console)
+                log.info("ranks:\n%s", rank_lines(engine.ranks))
+                for line in engine.unused:
+                    log.warning(line)
         with engine.agreed():
             self.train_sets, self.val_set = open_sets(config)
         for source, shards in zip(train, self.train_sets, strict=True):
