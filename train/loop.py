@@ -33,6 +33,13 @@ class StepResult:
     wait_s: float
     total_s: float
     keys: list[str] = field(default_factory=list)
+    overflowed: bool = False
+    loss_scale: float | None = None
+
+    @property
+    def updated(self) -> bool:
+        """Whether the weights moved."""
+        return self.finite and not self.overflowed
 
 
 def micro_batches(loader: Iterator[dict], count: int) -> Iterator[tuple[dict, float]]:
@@ -83,6 +90,9 @@ def training_step(engine: Engine, task: DeblurTask, loader: Iterator[dict], step
         wait_s=wait_s,
         total_s=time.perf_counter() - started,
         keys=keys,
+        # Not the batch's fault: fp16's loss scale was too large, DeepSpeed has lowered it.
+        overflowed=finite and engine.overflowed,
+        loss_scale=engine.loss_scale,
     )
 
 
