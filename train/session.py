@@ -203,6 +203,8 @@ class Session:
         self._seconds += result.total_s
         if not result.finite:
             self._write_bad_batch(step, result)
+        if result.overflowed:
+            log.info("step %d: a gradient overflowed in fp16; no update; loss scale now %g", step, result.loss_scale)
         if not self.engine.main:
             return
         if self.progress is not None:
@@ -210,6 +212,8 @@ class Session:
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             values = {"loss": result.loss, **result.parts, "lr": result.lr, "grad_norm": result.grad_norm}
             values |= {"wait_share": result.wait_s / result.total_s, "seconds": result.total_s}
+            if result.loss_scale is not None:
+                values["loss_scale"] = result.loss_scale
             self.folder.append_metrics({"step": step, **_finite(values)})
             for name, value in _finite(values).items():
                 if value is not None:
