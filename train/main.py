@@ -57,7 +57,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         while step < steps and not stop.agreed:
             result = training_step(engine, run.task, loader, step, stop)
             step += 1
-            if not bad.check(step, result):
+            bad.check(step, result)
+            if result.updated:
                 run.ema.update()
             run.record(step, result)
             last = step == steps
