@@ -161,14 +161,23 @@ class Engine:
         return self.engine(*inputs, **keywords)
 
     def backward_and_step(self, loss: Tensor) -> None:
-        """Backward of one micro-batch's mean loss; DeepSpeed steps at the accumulation boundary."""
+        """Backward of one micro-batch's mean loss; DeepSpeed steps at the accumulation boundary. ValueError where
+        gradients overflow in fp16 even with a loss scale of 1."""
         self.engine.backward(loss)
-        self.engine.step()
+        try:
+            self.engine.step()
+        except Exception as error:  # DeepSpeed raises no type of its own
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise ValueError(
+                "gradients overflow in fp16 even without a loss scale: the run diverged; lower optim.lr, or set "
+                "engine.precision to bf16 or fp32"
+            ) from error
 
     @property
-    def overflowed(self) -> bool:
-        """Whether DeepSpeed left out the step just done, because a gradient was not finite: fp16's loss scale was too
-        large (and is halved). The same on every rank."""
+    def left_out(self) -> bool:
+        """Whether DeepSpeed left out the step just done because a gradient was not finite (in fp16 because the loss
+        scale was too large; it is then halved). The same on every rank. ZeRO 0 does not look."""
         return not self.engine.was_step_applied()
 
     @property
