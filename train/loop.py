@@ -81,6 +81,9 @@ def training_step(engine: Engine, task: DeblurTask, loader: Iterator[dict], step
         for name, value in zip(named, (told / engine.world).tolist(), strict=True):
             means[name] = means.get(name, 0.0) + value / config.train.accumulation
     loss_value = means.pop("loss")
+    left_out = engine.left_out
+    if left_out and engine.loss_scale is None:
+        finite = False  # a gradient that is not finite; in fp16 that is no fault of the batch: its loss scale is lowered
     return StepResult(
         loss=loss_value,
         parts=means,
@@ -90,8 +93,7 @@ def training_step(engine: Engine, task: DeblurTask, loader: Iterator[dict], step
         wait_s=wait_s,
         total_s=time.perf_counter() - started,
         keys=keys,
-        # Not the batch's fault: fp16's loss scale was too large, DeepSpeed has lowered it.
-        overflowed=finite and engine.overflowed,
+        overflowed=finite and left_out,
         loss_scale=engine.loss_scale,
     )
 
