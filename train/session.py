@@ -30,6 +30,7 @@ from train.ranks import rank_lines
 from train.report import draw_curve, draw_panel, draw_similarity, tier_lines, write_report
 from train.run_folder import RunFolder, config_digest, deciding, git_commit, log, start_logging
 from train.saved import model_folder
+from train.shares import StepShares, mean_shares
 from train.signals import StopRequest
 from train.sources import data_sources, digest_of, open_sets, pair_loader, with_resolved_data
 from train.task import DeblurTask, build_model, teacher_names, trainable
@@ -77,6 +78,7 @@ class Session:
         with engine.agreed():
             module = self._build(checkpoint, init)
         engine.wrap(module)
+        self.shares = StepShares(engine.module, self.task.teacher) if engine.main else None
         self.ema = Ema(engine.module, config.train.ema)
         log.info(
             "%d trained parameters, %d ranks on %s, ZeRO %d, %s",
@@ -209,12 +211,13 @@ class Session:
             return
         if self.progress is not None:
             self.progress.update(step, result)
+        shares = self.shares.take(result.total_s, result.wait_s)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             values = {"loss": result.loss, **result.parts, "lr": result.lr, "grad_norm": result.grad_norm}
             values |= {"wait_share": result.wait_s / result.total_s, "seconds": result.total_s}
             if result.loss_scale is not None:
                 values["loss_scale"] = result.loss_scale
-            self.folder.append_metrics({"step": step, **_finite(values)})
+            self.folder.append_metrics({"step": step, **_finite(values), "shares": shares})
             for name, value in _finite(values).items():
                 if value is not None:
                     self.writer.add_scalar(f"train/{name}", value, step)
@@ -362,6 +365,8 @@ class Session:
             "steps": f"{config.train.steps} of {config.train.batch} pairs, {config.data.crop} px crops"
             + (f"; the first {config.train.distill_steps} distill" if config.train.distill_steps else ""),
             "seconds in steps": f"{_seconds(records):.0f}",
+            "share of a step": "; ".join(f"{name} {share:.0%}" for name, share in mean_shares(records).items())
+            + " (parts: forward passes; rest: backward and update)",
             "machine": f"{self.engine.world} ranks on {self.engine.device.type}, ZeRO {config.engine.zero}, "
             f"{config.engine.precision}",
             "blur": f"preset {config.blur.preset}; validation crops of {config.eval.crop} px",
