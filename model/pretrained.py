@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+SINGLE = ".safetensors"  # the suffix of a model that is one file
 CONFIG_KEY = "config"  # of the metadata in the weights' file: the YAML text
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -87,7 +88,7 @@ def save_pretrained(path: str | Path, state: Mapping[str, torch.Tensor], config:
     Raises ValueError when it cannot be written.
     """
     path = Path(path)
-    single = path.suffix == ".safetensors"
+    single = path.suffix == SINGLE
     text = config_text(config)
     layout = [(name, value.shape, value.dtype) for name, value in sorted(state.items(), key=_widest_first)]
     try:
@@ -113,13 +114,13 @@ def _widest_first(item: tuple[str, torch.Tensor]) -> tuple[int, str]:
 
 def _weights_file(path: str | Path) -> Path:
     path = Path(path)
-    return path if path.suffix == ".safetensors" else path / WEIGHTS
+    return path if path.suffix == SINGLE else path / WEIGHTS
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
     """Return the config saved with a folder's or file's model; ValueError if it is absent or no YAML mapping."""
     path = Path(path)
-    place = path if path.suffix == ".safetensors" else path / CONFIG
+    place = path if path.suffix == SINGLE else path / CONFIG
     try:
         text = _embedded_config(place) if place == path else place.read_text(encoding="utf-8")
         config = yaml.safe_load(text)

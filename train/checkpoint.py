@@ -32,6 +32,7 @@ from train.engine import Engine, zero3_gathered
 from train.universal import read_state_into, write_state
 
 STEP = re.compile(r"^step-(\d+)$")
+MANIFEST = "manifest.json"
 
 
 class CheckpointError(ValueError):
@@ -70,6 +71,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        self.held: Callable[[], set[Path]] = set  # what somebody still reads: it is pruned later
 
     def steps(self) -> list[int]:
         """Steps with a finished folder, ascending; unfinished ones (`.tmp`) do not count."""
@@ -91,6 +93,29 @@ class Checkpoints:
                 return self.path(step), damaged
             damaged.append(problem)
         return None, damaged
+
+    def adopt(self, whole: Path) -> Path:
+        """Give a whole folder `step-N.tmp` its name, in place of an older one of that step. Killed in between, `tidy`
+        does the rest."""
+        final, old = whole.with_suffix(""), whole.with_suffix(".old")
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(final, old)
+        os.rename(whole, final)
+        _sync(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def tidy(self) -> None:
+        """Finish or remove what a killed run left half done. Only the process that holds the run's lock may."""
+        if not self.folder.is_dir():
+            return
+        for entry in sorted(self.folder.glob("step-*.tmp")):
+            if not entry.with_suffix("").exists() and damage(entry) is None:
+                self.adopt(entry)
+        for suffix in (".tmp", ".old", ".pruned"):
+            for entry in self.folder.glob(f"step-*{suffix}"):
+                shutil.rmtree(entry, ignore_errors=True)
 
     def set_aside_newer(self, step: int) -> None:
         """Take checkpoints after `step` out of the count: the run goes on from there and will write those steps again,
@@ -125,12 +150,10 @@ class Checkpoints:
                 torch.save(loss_state, unfinished / "loss.pt")
                 write_text(unfinished / "run.json", json.dumps(asdict(state), indent=1) + "\n")
                 _seal(unfinished)
-                if final.exists():  # the same step again, after a resume from an older one
-                    shutil.rmtree(final)
-                os.rename(unfinished, final)
-                _sync(self.folder)
+                self.adopt(unfinished)  # in place of one of the same step, after a resume from an older one
                 write_text(self.folder / "latest", final.name + "\n")
-                self._prune(state)
+                self._choose_best(state)
+                self.prune(state.step)
         return final
 
     def restore(self, path: Path, engine: Engine, ema: Ema) -> dict:
@@ -149,14 +172,20 @@ class Checkpoints:
             torch.manual_seed(int.from_bytes(hashlib.blake2b(facts, digest_size=7).digest(), "little"))
         return torch.load(path / "loss.pt", map_location=engine.device, weights_only=True)
 
-    def _prune(self, state: RunState) -> None:
+    def _choose_best(self, state: RunState) -> None:
         best = self.best()
         if state.gain is not None and (best is None or state.gain > self._gain_of(best)):
-            best = self.path(state.step)
-            write_text(self.folder / "best", best.name + "\n")
+            write_text(self.folder / "best", self.path(state.step).name + "\n")
+
+    def prune(self, current: int) -> None:
+        """Remove all but the newest `keep`, the best, the current step's, and what is held."""
+        spared = {self.best(), self.path(current)} | self.held()
         for step in self.steps()[: -self.keep]:
-            if self.path(step) != best and step != state.step:
-                shutil.rmtree(self.path(step))
+            path = self.path(step)
+            if path not in spared:
+                going = path.with_suffix(".pruned")  # killed while removing: not a torn checkpoint
+                os.rename(path, going)
+                shutil.rmtree(going)
 
     def _gain_of(self, path: Path) -> float:
         try:
@@ -249,11 +278,15 @@ def read_state(path: Path) -> RunState:
         raise CheckpointError(f"{path}: not a checkpoint of this program ({error})") from None
 
 
+def manifest_of(path: Path) -> dict[str, dict]:
+    """Size and hash of every file of a checkpoint, by its name."""
+    return json.loads((path / MANIFEST).read_text())
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None: every file is there with its size and hash."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, entry in manifest.items():
+        for name, entry in manifest_of(path).items():
             file = path / name
             if file.stat().st_size != entry["bytes"]:
                 return f"{file}: {file.stat().st_size} bytes instead of {entry['bytes']}"
@@ -262,7 +295,7 @@ def damage(path: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{path}: {Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{path}: manifest.json cannot be read ({error})"
+        return f"{path}: {MANIFEST} cannot be read ({error})"
     return None
 
 
@@ -273,7 +306,7 @@ def _seal(folder: Path) -> None:
     for file in files:
         _sync(file)
         manifest[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "blake2b": _digest(file)}
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for directory in {file.parent for file in files} | {folder}:
         _sync(directory)
 

@@ -101,6 +101,25 @@ def evaluate(
     )  # fmt: skip
 
 
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option("-o", "--out", help="A file NAME.safetensors, or a folder.")],
+    checkpoint: Which = "latest",
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 for half the size.")] = "fp32",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the averaged model as files that load without DeepSpeed and without the run."""
+    from rich.console import Console
+
+    from train.export import export_model
+    from train.saved import describe
+
+    source = export_model(run, out, which=checkpoint, dtype=dtype, overwrite=overwrite)
+    text = f"exported {describe(source)} of {run} as {dtype}: {out}"
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point of the console script: one line and a status for what the user can mend."""
     sys.exit(explained(app))

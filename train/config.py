@@ -278,6 +278,11 @@ class CheckpointSection(Section):
     """Steps between checkpoints; one is always written at the end."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints to keep, beside the best."""
+    copy_to: str | None = None
+    """fsspec URL (s3://…, file:///…) below which, in a folder of the run's name, every finished checkpoint is copied
+    while training goes on; as many are kept there. `--resume auto` fetches the newest where the folder has none."""
+    copy_wait: float = Field(default=300.0, ge=0)
+    """Longest wait at the end of a run for the last copy, s."""
 
 
 class EvalSection(Section):

@@ -8,25 +8,33 @@ from pathlib import Path
 import torch
 
 from model.deblurrer import Deblurrer
-from model.pretrained import CONFIG, WEIGHTS, load_config, load_pretrained
-from train.checkpoint import Checkpoints, damage
+from model.pretrained import CONFIG, SINGLE, WEIGHTS, load_config, load_pretrained
+from train.checkpoint import MANIFEST, Checkpoints, damage
 from train.config import Config
 from train.config_file import build_config
 from train.task import build_model
 
 
 def model_folder(path: str | Path, which: str = "latest") -> Path:
-    """The folder with model.safetensors: of a run (its `latest` or `best` checkpoint, or `step-N`), or `path` itself.
+    """The folder with model.safetensors: of a run (its `latest` or `best` checkpoint, or `step-N`), or `path` itself;
+    a .safetensors file stands for itself.
 
     ValueError if there is none, or the chosen checkpoint is damaged.
     """
     path = Path(path).expanduser()
     if (path / WEIGHTS).is_file():
+        problem = damage(path) if (path / MANIFEST).is_file() else None
+        if problem is not None:
+            raise ValueError(f"{problem}: the checkpoint is damaged; choose another")
+        return path
+    if path.is_file() and path.suffix == SINGLE:
         return path
     checkpoints = Checkpoints(path / "checkpoints", keep=1)
     steps = checkpoints.steps()
     if not path.exists():
         raise ValueError(f"{path}: no such run: give the folder of a run, a checkpoint or an exported model")
+    if path.is_file():
+        raise ValueError(f"{path}: is no model: give a folder, or a {SINGLE} file that `sharpprior export` wrote")
     if not steps:
         raise ValueError(f"{path}: no model in it: give the folder of a run with a checkpoint, or an exported model")
     if which == "latest":
@@ -45,9 +53,9 @@ def model_folder(path: str | Path, which: str = "latest") -> Path:
 
 
 def load_model(path: str | Path, device: torch.device, which: str = "latest") -> tuple[Deblurrer, Config, Path]:
-    """(network in eval mode, its configuration, its folder) of what training saved. ValueError if it does not load."""
+    """(network in eval mode, configuration, folder or file) of what was saved. ValueError if it does not load."""
     folder = model_folder(path, which)
-    config = build_config(load_config(folder), {(): str(folder / CONFIG)})
+    config = build_config(load_config(folder), {(): str(folder / CONFIG if folder.is_dir() else folder)})
     network = build_model(config, read_weights=False)
     load_pretrained(network, folder)
     return network.to(device).eval(), config, folder

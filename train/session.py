@@ -18,9 +18,8 @@ from data.loader import validation_count, validation_pairs
 from data.shards import ShardSet
 from model.deblurrer import Deblurrer
 from model.pretrained import load_pretrained
-from train.checkpoint import CheckpointError, Checkpoints, RunState, damage, read_state
+from train.checkpoint import Checkpoints, RunState, read_state
 from train.config import Config
-from train.config_file import load_config
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluate import evaluate_pairs, merge
@@ -28,12 +27,14 @@ from train.loop import StepResult
 from train.progress import TrainingProgress
 from train.ranks import rank_lines
 from train.report import draw_curve, draw_panel, draw_similarity, tier_lines, write_report
-from train.run_folder import RunFolder, config_digest, deciding, git_commit, log, start_logging
+from train.resume import check_fits, divided_anew, find_checkpoint
+from train.run_folder import RunFolder, config_digest, git_commit, log, start_logging
 from train.saved import model_folder
 from train.shares import StepShares, mean_shares
 from train.signals import StopRequest
 from train.sources import data_sources, digest_of, open_sets, pair_loader, with_resolved_data
 from train.task import DeblurTask, build_model, teacher_names, trainable
+from train.upload import Copier, far_folder
 
 VALIDATION_SEED = 0  # the validation list is the same for every training seed
 PANEL_TIERS = ("severe", "extreme", "moderate")
@@ -72,6 +73,8 @@ class Session:
             log.info("training data: %s, %d samples", source, len(shards))
         log.info("validation data: %s, %d samples", val, len(self.val_set))
         self.sources = {"training data": "; ".join(map(str, train)), "validation data": str(val)}
+        with engine.agreed():
+            self.far = far_folder(config, fresh=resume is None) if engine.main else None
         checkpoint = self._checkpoint_to_resume(resume)
         if checkpoint is not None and init is not None:
             log.info("--init %s is not used: the run goes on from its own checkpoint", init)
@@ -92,7 +95,14 @@ class Session:
             if checkpoint.resolve() == self.checkpoints.path(self.step).resolve():
                 self._saved = self.step
             log.info("resumed %s at step %d of %d", checkpoint, self.step, config.train.steps)
-            self._say_what_changed(checkpoint)
+            changed = divided_anew(checkpoint, config, engine.world)
+            if changed is not None:
+                log.info("its state was divided anew: %s; a step stays %d pairs", changed, config.train.batch)
+        self.copier: Copier | None = None
+        if self.far is not None:
+            self.copier = Copier(self.far, self.checkpoints)
+            if self._saved is not None:  # a killed run may not have come to it
+                self.copier.submit(self.checkpoints.path(self._saved))
         self._open_writers()
         self._seconds = 0.0
         self.progress: TrainingProgress | None = None
@@ -131,55 +141,14 @@ class Session:
         found: Path | None = None
         with engine.agreed():
             if engine.main and resume is not None:
-                found = self._find_checkpoint(resume)
+                self.checkpoints.tidy()
+                found = find_checkpoint(resume, self.checkpoints, self.folder, self.far)
                 if found is not None:
-                    self._check_fits(found)
+                    digests = {"training": digest_of(self.train_sets), "validation": self.val_set.digest}
+                    check_fits(found, self.config, digests)
                     self.checkpoints.set_aside_newer(read_state(found).step)
                 self.folder.rewind_metrics(read_state(found).step if found else -1)
         return engine.gather(found)[0]
-
-    def _find_checkpoint(self, resume: str) -> Path | None:
-        if resume != "auto":
-            path = Path(resume)
-            problem = damage(path)
-            if problem is not None:
-                raise CheckpointError(f"{problem}: not a whole checkpoint; name another, or --resume auto")
-            return path
-        path, damaged = self.checkpoints.newest_whole()
-        for problem in damaged:
-            log.warning("damaged checkpoint, not used: %s", problem)
-        if path is None and damaged:
-            raise CheckpointError(f"{self.folder.checkpoints}: no whole checkpoint is left ({damaged[0]})")
-        if path is None:
-            log.info("nothing to resume in %s: starting from the beginning", self.folder.path)
-        return path
-
-    def _check_fits(self, path: Path) -> None:
-        """CheckpointError where going on would not be the same run."""
-        state, config = read_state(path), self.config
-        for name, was, now in (
-            ("training", state.index_digest, digest_of(self.train_sets)),
-            ("validation", state.val_digest, self.val_set.digest),
-        ):
-            if was != now:
-                raise CheckpointError(f"{path}: the {name} data's index changed since: start a run with --init {path}")
-        differing = _differences(deciding(load_config(path / "config.yaml")), deciding(config))
-        if differing:
-            raise CheckpointError(
-                f"{path}: the configuration differs ({', '.join(differing[:4])}): undo that, or start a run with "
-                f"--init {path}"
-            )
-
-    def _say_what_changed(self, path: Path) -> None:
-        """One line about another number of ranks, ZeRO stage, accumulation or way of computing than before."""
-        state, before = read_state(path), load_config(path / "config.yaml")
-        changed = [f"ranks {state.world} → {self.engine.world}"] if state.world != self.engine.world else []
-        changed += _differences({"engine": before.engine.model_dump()}, {"engine": self.config.engine.model_dump()})
-        if before.train.accumulation != self.config.train.accumulation:
-            changed.append(f"train.accumulation {before.train.accumulation} → {self.config.train.accumulation}")
-        if changed:
-            log.info("its state was divided anew: %s; the global batch stays %d pairs", ", ".join(changed),
-                     self.config.train.batch)  # fmt: skip
 
     # -- the loop's calls ---------------------------------------------------------------------------------------------
 
@@ -304,6 +273,8 @@ class Session:
         )
         path = self.checkpoints.save(self.engine, self.ema, state, self.config, self.task.state_dict())
         log.info("checkpoint %s", path)
+        if self.copier is not None:
+            self.copier.submit(path)
         self._saved = step
         self.stopping.agree(self.engine)  # asked while saving: not one step more
         return path
@@ -417,6 +388,8 @@ class Session:
             self.writer.close()
         if kind is None:
             self.engine.close()
+        if self.copier is not None:  # after the other ranks are let go
+            self.copier.close(self.config.checkpoint.copy_wait if kind is None else 0.0)
 
 
 class StopAgreedError(Exception):
@@ -447,15 +420,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    """Dotted names of the values in which two configurations differ."""
-    names = []
-    for key in a.keys() | b.keys():
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            names += _differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            names.append(f"{prefix}{key} {left} → {right}")
-    return sorted(names)

@@ -1,0 +1,75 @@
+"""Where a run goes on from: its newest whole checkpoint, here or where the copies are, if going on is the same run.
+
+Free to change when a run goes on: the number of ranks, `train.accumulation`, and of the engine all but `precision` and
+`deepspeed`: they decide who computes, and the state is divided anew. What changes the losses is refused: start a run
+from the weights with --init.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from train.checkpoint import CheckpointError, Checkpoints, damage, read_state
+from train.config import Config
+from train.config_file import load_config
+from train.run_folder import RunFolder, deciding, log
+from train.upload import FarFolder
+
+
+def find_checkpoint(resume: str, checkpoints: Checkpoints, folder: RunFolder, far: FarFolder | None) -> Path | None:
+    """The checkpoint that `--resume` names, or under `auto` the newest whole one, fetched from the copies where the
+    run's folder has none. CheckpointError where what is there cannot be used; None where nothing is."""
+    if resume != "auto":
+        path = Path(resume)
+        problem = damage(path)
+        if problem is not None:
+            raise CheckpointError(f"{problem}: not a whole checkpoint; name another, or --resume auto")
+        return path
+    path, damaged = checkpoints.newest_whole()
+    for problem in damaged:
+        log.warning("damaged checkpoint, not used: %s", problem)
+    if path is None and far is not None:
+        path = far.fetch_newest(checkpoints)
+        if path is not None:
+            log.info("fetched %s from %s", path.name, far.url)
+    if path is None and damaged:
+        raise CheckpointError(f"{checkpoints.folder}: no whole checkpoint is left ({damaged[0]})")
+    if path is None:
+        log.info("nothing to resume in %s: starting from the beginning", folder.path)
+    return path
+
+
+def check_fits(path: Path, config: Config, digests: dict[str, str]) -> None:
+    """CheckpointError where going on would not be the same run. digests: of the `training` and `validation` data."""
+    state = read_state(path)
+    for name, was in (("training", state.index_digest), ("validation", state.val_digest)):
+        if was != digests[name]:
+            raise CheckpointError(f"{path}: the {name} data's index changed since: start a run with --init {path}")
+    differing = differences(deciding(load_config(path / "config.yaml")), deciding(config))
+    if differing:
+        raise CheckpointError(
+            f"{path}: the configuration differs ({', '.join(differing[:4])}): undo that, or start a run with "
+            f"--init {path}"
+        )
+
+
+def divided_anew(path: Path, config: Config, world: int) -> str | None:
+    """What is divided otherwise than when the checkpoint was written, in words; None if nothing is."""
+    state, before = read_state(path), load_config(path / "config.yaml")
+    changed = [f"ranks {state.world} → {world}"] if state.world != world else []
+    changed += differences({"engine": before.engine.model_dump()}, {"engine": config.engine.model_dump()})
+    if before.train.accumulation != config.train.accumulation:
+        changed.append(f"train.accumulation {before.train.accumulation} → {config.train.accumulation}")
+    return ", ".join(changed) or None
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """Dotted names of the values in which two configurations differ."""
+    names = []
+    for key in a.keys() | b.keys():
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            names += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            names.append(f"{prefix}{key} {left} → {right}")
+    return sorted(names)
