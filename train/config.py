@@ -67,6 +67,8 @@ class DataSection(Section):
     """Shards whose samples are mixed with each other."""
     workers: int = Field(default=2, ge=0)
     """Loader processes per rank; 0 makes pairs in the training process."""
+    stall_minutes: float = Field(default=5.0, gt=0)
+    """Wait for one batch after which the run ends, with what every loader process is doing."""
 
 
 class TeacherSection(Section):
@@ -221,6 +223,9 @@ class TrainSection(Section):
     """Decay of the fp32 average of the weights; evaluation and restoration use it; 0 keeps the weights."""
     log_every: int = Field(default=1, ge=1)
     """Steps between records in metrics.jsonl."""
+    max_bad_steps: int = Field(default=3, ge=1)
+    """Steps in a row whose loss or gradients are not finite that end the run (before that they move no weight); ten
+    times as many among the last 1000 steps end it too."""
 
     @model_validator(mode="after")
     def _divides(self) -> TrainSection:
@@ -255,6 +260,14 @@ class EngineSection(Section):
     """Threads per rank without a GPU; None shares the cores among the ranks of the node."""
     timeout_minutes: int = Field(default=30, ge=1)
     """Limit of one collective call, and of the wait for all ranks at the start."""
+    health_check: bool = True
+    """Before training, time a matrix product on every rank and check what collectives deliver."""
+    stall_minutes: float = Field(default=10.0, gt=0)
+    """Time without progress of a rank after which it ends, with the stacks of its threads in stacks-rank-N.txt; three
+    times as long at the start, in the first step, while saving and at the end."""
+    silent_minutes: float = Field(default=3.0, gt=0)
+    """Time without a sign of life (heartbeat/rank-N.json) of another rank after which the run ends, if steps do not go
+    on either; three times as long where stall_minutes is. A dead process of the same machine is seen in seconds."""
     deepspeed: dict = Field(default_factory=dict)
     """Further DeepSpeed settings, merged over ours; a key that a field here sets is refused."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -128,6 +129,8 @@ class Engine:
             torch.set_num_threads(config.engine.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
         refuse_precision(config.engine, self.device)
         self.engine: Any = None
+        self._norm: float | None = None
+        self._gradients_bad = False
 
     @property
     def main(self) -> bool:
@@ -164,6 +167,8 @@ class Engine:
         """Backward of one micro-batch's mean loss; DeepSpeed steps at the accumulation boundary. ValueError where
         gradients overflow in fp16 even with a loss scale of 1."""
         self.engine.backward(loss)
+        if self.config.engine.zero == 0 and self.engine.is_gradient_accumulation_boundary():
+            self._guard_gradients()
         try:
             self.engine.step()
         except Exception as error:  # DeepSpeed raises no type of its own
@@ -174,11 +179,21 @@ class Engine:
                 "engine.precision to bf16 or fp32"
             ) from error
 
+    def _guard_gradients(self) -> None:
+        """Without ZeRO, DeepSpeed 0.19.8 looks at no gradient, and clipping by a norm of NaN makes all weights NaN. The
+        gradients are summed over the ranks by now, so all come to the same verdict."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        self._norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._gradients_bad = not math.isfinite(self._norm)
+        if self._gradients_bad:
+            torch._foreach_zero_(gradients)
+            self.set_learning_rates(0.0, 0.0)
+
     @property
     def left_out(self) -> bool:
         """Whether DeepSpeed left out the step just done because a gradient was not finite (in fp16 because the loss
-        scale was too large; it is then halved). The same on every rank. ZeRO 0 does not look."""
-        return not self.engine.was_step_applied()
+        scale was too large; it is then halved). The same on every rank."""
+        return self._gradients_bad or not self.engine.was_step_applied()
 
     @property
     def loss_scale(self) -> float | None:
@@ -191,7 +206,7 @@ class Engine:
 
     def grad_norm(self) -> float | None:
         """Global gradient norm of the last step before clipping, where DeepSpeed knows it."""
-        norm = self.engine.get_global_grad_norm()
+        norm = self._norm if self.config.engine.zero == 0 else self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def sum(self, values: Tensor) -> Tensor:

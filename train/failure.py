@@ -8,8 +8,10 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from train.heartbeat import FAILED, STOPPED
 from train.run_folder import log
 from train.signals import StoppedEarly, StopRequest
+from train.watchdog import blame, leaving
 
 INTERRUPTED = 130
 
@@ -28,16 +30,27 @@ def explained(work: Callable[[], None], stop: StopRequest | None = None) -> int:
             if isinstance(handler, logging.FileHandler):
                 handler.stream.write(traceback.format_exc())
                 handler.flush()
+        leaving(FAILED, _line(error))
         print(f"error: {_line(error)}", file=sys.stderr, flush=True)
         return _leave(1)
     except StoppedEarly as early:
         if stop is not None:
             stop.mark(str(early))
+        leaving(STOPPED, str(early))
         print(f"{early}: stopped before training began", file=sys.stderr, flush=True)
         return _leave(0)
     except KeyboardInterrupt:
+        leaving(FAILED, "interrupted")
         print("interrupted", file=sys.stderr, flush=True)
         return _leave(INTERRUPTED)
+    except Exception as error:
+        if _collective_failed(error):
+            print(f"a collective operation failed ({_line(error)[:200]}): looking for the rank that is gone",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            blame()
+        leaving(FAILED, f"{type(error).__name__}: {_line(error)[:200]}")
+        traceback.print_exc()
+        return _leave(1)
     return 0
 
 
@@ -45,6 +58,16 @@ def _line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _collective_failed(error: Exception) -> bool:
+    """Whether an exception is what the end of another rank looks like from here."""
+    import torch.distributed as dist
+
+    words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+    return isinstance(error, (dist.DistError, RuntimeError)) and (
+        isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    )
 
 
 def _leave(status: int) -> int:

@@ -38,7 +38,9 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     # Imported here, so that a wrong key is told in a second.
     from train.dry_run import dry_run
     from train.engine import Engine
-    from train.loop import BadSteps, training_step
+    from train.health import check_health
+    from train.loop import training_step
+    from train.nonfinite import BadSteps
     from train.session import Session
 
     if args.dry_run:
@@ -50,17 +52,19 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
 
     engine = Engine(config)
     with Session(config, engine, stop, resume=args.resume, init=args.init) as run:
+        if config.engine.health_check:
+            check_health(engine)
         step, steps = run.step, config.train.steps
         stop.begin(step)
         run.catch_up()
-        loader, bad = run.loader(), BadSteps()
+        loader, bad = run.loader(), BadSteps(run.folder.path, engine.rank, config.train.max_bad_steps)
         while step < steps and not stop.agreed:
-            result = training_step(engine, run.task, loader, step, stop)
+            result = training_step(engine, run.task, loader, step, stop, run.traces)
             step += 1
+            run.record(step, result)
             bad.check(step, result)
             if result.updated:
                 run.ema.update()
-            run.record(step, result)
             last = step == steps
             if last or (config.eval.every and step % config.eval.every == 0):
                 run.evaluate(step)

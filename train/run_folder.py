@@ -21,7 +21,9 @@ from train.config_file import dump_config
 log = logging.getLogger("sharpprior")
 
 
-_MADE_AT_START = {".lock", "config.yaml", "log.txt", "checkpoints", "tensorboard", "STOP", "STOPPED"}
+_MADE_AT_START = {
+    ".lock", "config.yaml", "log.txt", "checkpoints", "tensorboard", "STOP", "STOPPED", "heartbeat", "traces",
+}  # fmt: skip
 
 
 class RunFolderError(ValueError):
@@ -55,7 +57,8 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: this run exists: go on with it (--resume auto), or start another (--set run.name=…)"
             )
-        if self.path.is_dir() and not resume and any(entry.name not in _MADE_AT_START for entry in self.path.iterdir()):
+        foreign = self.path.is_dir() and [entry for entry in self.path.iterdir() if not _made_at_start(entry.name)]
+        if foreign and not resume:
             raise RunFolderError(f"{self.path}: holds other files: choose another run.name or run.root")
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -106,6 +109,10 @@ class RunFolder:
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 
+def _made_at_start(name: str) -> bool:
+    return name in _MADE_AT_START or name.startswith("stacks-rank-")
+
+
 def start_logging(folder: RunFolder | None, console: Console) -> None:
     """Send the program's log to the console and, with a folder, to its log.txt. Called on rank 0 only."""
     log.handlers.clear()
@@ -126,8 +133,8 @@ def deciding(config: Config) -> dict[str, Any]:
     facts = config.model_dump(mode="json", exclude={"run": {"name", "root"}, "checkpoint": True, "eval": True})
     facts["data"]["weights"] = [source["weight"] for source in facts["data"]["train"] or [{"weight": 1.0}]]
     for section, keys in (
-        ("data", ("workers", "train", "val", "cache")),
-        ("train", ("log_every", "accumulation")),
+        ("data", ("workers", "train", "val", "cache", "stall_minutes")),
+        ("train", ("log_every", "accumulation", "max_bad_steps")),
         ("features", ("cache", "folder", "limit_gib", "check_every")),
     ):
         for key in keys:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
+import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from train.config import Config
 from train.ema import Ema
 from train.engine import Engine
 from train.evaluate import evaluate_pairs, merge
+from train.heartbeat import beat
 from train.loop import StepResult
 from train.progress import TrainingProgress
 from train.ranks import rank_lines
@@ -34,7 +36,9 @@ from train.shares import StepShares, mean_shares
 from train.signals import StopRequest
 from train.sources import data_sources, digest_of, open_sets, pair_loader, with_resolved_data
 from train.task import DeblurTask, build_model, teacher_names, trainable
+from train.traces import Traces
 from train.upload import Copier, far_folder
+from train.watchdog import Watchdog, watch
 
 VALIDATION_SEED = 0  # the validation list is the same for every training seed
 PANEL_TIERS = ("severe", "extreme", "moderate")
@@ -63,10 +67,12 @@ class Session:
                 self.folder.claim(resume=resume is not None)
                 self.folder.lock()
                 stop.claim(self.folder.path)
+                shutil.rmtree(self.folder.path / "heartbeat", ignore_errors=True)
                 start_logging(self.folder, self.console)
                 log.info("ranks:\n%s", rank_lines(engine.ranks))
                 for line in engine.unused:
                     log.warning(line)
+        self._start_watching()
         with engine.agreed():
             self.train_sets, self.val_set = open_sets(config)
         for source, shards in zip(train, self.train_sets, strict=True):
@@ -106,6 +112,21 @@ class Session:
         self._open_writers()
         self._seconds = 0.0
         self.progress: TrainingProgress | None = None
+
+    def _start_watching(self) -> None:
+        """Heartbeats and traces; the folder is ours by now, and every rank comes here."""
+        engine, limits = self.engine, self.config.engine
+        self.watchdog = Watchdog(
+            self.folder.path,
+            engine.rank,
+            engine.world,
+            run=engine.gather(uuid.uuid4().hex)[0],
+            stall_s=60 * limits.stall_minutes,
+            silent_s=60 * limits.silent_minutes,
+            on_stopped=self.stopping.mark,
+        )
+        watch(self.watchdog)
+        self.traces = Traces(self.folder.path, engine.rank, engine.world, engine.device)
 
     def _build(self, checkpoint: Path | None, init: str | None) -> Deblurrer:
         """The module with its first weights and scales; nothing here waits for other ranks."""
@@ -172,16 +193,20 @@ class Session:
         """Count, show and write down a step."""
         self.step = step
         self._seconds += result.total_s
-        if not result.finite:
-            self._write_bad_batch(step, result)
+        logged = step % self.config.train.log_every == 0 or step == self.config.train.steps
+        if logged:
+            self.traces.write(step, result.total_s, result.wait_s)
+        slow = self.traces.slow_ranks()
         if result.overflowed:
             log.info("step %d: a gradient overflowed in fp16; no update; loss scale now %g", step, result.loss_scale)
         if not self.engine.main:
             return
+        for line in slow:
+            log.warning(line)
         if self.progress is not None:
             self.progress.update(step, result)
         shares = self.shares.take(result.total_s, result.wait_s)
-        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+        if logged:
             values = {"loss": result.loss, **result.parts, "lr": result.lr, "grad_norm": result.grad_norm}
             values |= {"wait_share": result.wait_s / result.total_s, "seconds": result.total_s}
             if result.loss_scale is not None:
@@ -190,12 +215,6 @@ class Session:
             for name, value in _finite(values).items():
                 if value is not None:
                     self.writer.add_scalar(f"train/{name}", value, step)
-
-    def _write_bad_batch(self, step: int, result: StepResult) -> None:
-        path = self.folder.path / f"nonfinite-rank{self.engine.rank}.jsonl"
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "keys": result.keys}) + "\n")
-        log.warning("step %d: the loss was not finite; no update; the batch's keys are in %s", step, path)
 
     def catch_up(self) -> None:
         """The evaluation that belongs to where the run stands, if none was made: before the first step, and after a
@@ -252,11 +271,13 @@ class Session:
 
     def _go_on(self) -> None:
         """All ranks at the same place: go on, or stop together."""
+        beat("evaluate")
         if self.stopping.agreed or self.stopping.agree(self.engine):
             raise StopAgreedError
 
     def save(self, step: int) -> Path:
         """Write a checkpoint of the step just done."""
+        beat("save")
         fresh = self.evaluation is not None and self._evaluated_at(step)
         self._share_batch_norm()
         state = RunState(
@@ -299,6 +320,7 @@ class Session:
     def finish(self) -> None:
         """panel.png, curve.png, similarity.png, report.md."""
         self._stop_progress()
+        beat("finish")
         complete = all((self.folder.path / name).exists() for name in ("report.md", "panel.png", "curve.png"))
         if self.evaluation is None and all(self.engine.gather(complete)):
             log.info("%s is finished: nothing to do", self.folder.path)
@@ -387,6 +409,7 @@ class Session:
         if self.engine.main:
             self.writer.close()
         if kind is None:
+            self.watchdog.close()
             self.engine.close()
         if self.copier is not None:  # after the other ranks are let go
             self.copier.close(self.config.checkpoint.copy_wait if kind is None else 0.0)

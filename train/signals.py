@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOP_FILE, STOPPED_FILE = "STOP", "STOPPED"
 REASONS = (*(number.name for number in SIGNALS), f"file {STOP_FILE}")
 LOOK_EVERY_S = 1.0  # between looks for the file STOP: a shared file system is asked no more often
+DEAF_S = 10.0  # for the main thread to end by itself at an interrupt
 SECOND_AFTER_S = 1.0  # launchers pass a terminal's Ctrl-C on to ranks that have had it already: that is no second one
 
 
@@ -49,6 +51,10 @@ class StopRequest:
         """Take over the signals (main thread only), also where a launcher's shell had them ignored."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._end_if_deaf, args=[read], name="signals", daemon=True).start()
 
     def claim(self, folder: Path) -> None:
         """Look for STOP in this run's folder, and drop what an earlier run left there. Rank 0, once it owns it."""
@@ -84,6 +90,22 @@ class StopRequest:
                 again = "; Ctrl-C again interrupts at once" if number == signal.SIGINT else ""
                 with contextlib.suppress(OSError):  # not through the log: what was interrupted may hold its lock
                     os.write(2, f"\n{name}: saving after this step, then stopping{again}\n".encode())
+
+    def _end_if_deaf(self, received: int) -> None:
+        """Python calls handlers only when the main thread comes back to it, and a collective that waits for another
+        rank does not: end the process here where the handler should have."""
+        first: float | None = None
+        while True:
+            number = os.read(received, 1)[0]
+            if number not in SIGNALS:
+                continue
+            if self._training and (number != signal.SIGINT or first is None):
+                first = time.monotonic() if number == signal.SIGINT else first
+                continue
+            if self._training and first is not None and time.monotonic() - first <= SECOND_AFTER_S:
+                continue
+            time.sleep(DEAF_S)
+            os._exit(130)
 
     def flags(self) -> list[float]:
         """One number per reason, to be summed over the ranks."""

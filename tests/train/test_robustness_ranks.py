@@ -1,0 +1,192 @@
+"""A rank that dies, goes silent or hangs ends the whole job in bounded time, and is named; slowness alone does not."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MEMBER = """
+import sys, time
+from pathlib import Path
+from train.heartbeat import PROGRESS, beat
+from train.watchdog import Watchdog, leaving, watch
+
+folder, rank, world, stall, silent = Path(sys.argv[1]), *map(float, sys.argv[2:6])
+dog = Watchdog(folder, int(rank), int(world), run="one", stall_s=stall, silent_s=silent)
+watch(dog)
+PROGRESS.done(1)
+for line in sys.stdin:  # the main thread goes on when told
+    if line.strip() == "fail":
+        leaving("failed", "disk on fire")
+        sys.exit(1)
+    if line.strip() == "end":
+        dog.close()
+        sys.exit(0)
+    beat("step")
+time.sleep(300)
+"""
+
+
+class Job:
+    """Processes with a watchdog and a main thread that moves on command."""
+
+    def __init__(self, folder: Path, world: int, stall: float = 60.0, silent: float = 1.0) -> None:
+        folder.mkdir(exist_ok=True)
+        self.members = [
+            subprocess.Popen(
+                [sys.executable, "-c", MEMBER, str(folder), str(rank), str(world), str(stall), str(silent)],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        self.folder = folder
+        deadline = time.monotonic() + 60
+        while len(list((folder / "heartbeat").glob("rank-*.json"))) < world and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def tell(self, rank: int, word: str = "go") -> None:
+        self.members[rank].stdin.write(word + "\n")
+        self.members[rank].stdin.flush()
+
+    def step(self, seconds: float, ranks: list[int]) -> None:
+        """Let the main threads of these ranks move for a while."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for rank in ranks:
+                self.tell(rank)
+            time.sleep(0.05)
+
+    def end_of(self, rank: int) -> tuple[int, str]:
+        """(status, what it said), within a bounded time."""
+        _, said = self.members[rank].communicate(timeout=60)
+        return self.members[rank].returncode, said
+
+    def close(self) -> None:
+        for member in self.members:
+            member.kill()
+            member.communicate()
+
+
+@pytest.fixture
+def job(tmp_path):
+    jobs = []
+
+    def start(*arguments, **keywords) -> Job:
+        jobs.append(Job(tmp_path / "run", *arguments, **keywords))
+        return jobs[-1]
+
+    yield start
+    for one in jobs:
+        one.close()
+
+
+def test_a_killed_rank_is_named_by_all_others(job):
+    ranks = job(3)
+    ranks.members[2].kill()
+    for survivor in (0, 1):
+        status, said = ranks.end_of(survivor)
+        assert status == 1
+        assert "error: rank 2 on " in said
+        assert "died" in said
+        assert (ranks.folder / f"stacks-rank-{survivor}.txt").read_text().count("File") > 0
+    assert "rank 2 on " in (ranks.folder / "log.txt").read_text()
+
+
+def test_a_stopped_rank_is_silent_only_once_the_others_wait_for_it(job):
+    ranks = job(2)
+    ranks.members[1].send_signal(signal.SIGSTOP)
+    ranks.step(4.0, [0])
+    assert ranks.members[0].poll() is None  # steps went on: it cannot be gone
+    status, said = ranks.end_of(0)
+    assert status == 1
+    assert "rank 1 on " in said
+    assert "is silent for" in said
+    assert "phase start, step 1" in said or "phase step, step 1" in said
+    ranks.members[1].send_signal(signal.SIGCONT)
+    status, said = ranks.end_of(1)  # awake again, it finds the job over
+    assert status == 1
+    assert "rank 1 on " in said
+
+
+def test_a_rank_that_fails_tells_the_others_why(job):
+    ranks = job(3)
+    ranks.tell(1, "fail")
+    for survivor in (0, 2):
+        status, said = ranks.end_of(survivor)
+        assert status == 1
+        assert "failed: disk on fire" in said
+        assert "rank 1 on " in said
+
+
+def test_a_hung_main_thread_ends_with_its_stacks_and_the_rank_furthest_behind(job):
+    ranks = job(2, stall=3.0, silent=60.0)
+    ranks.step(1.0, [0, 1])
+    ranks.tell(0)
+    ranks.tell(0)
+    for rank in (0, 1):
+        status, said = ranks.end_of(rank)
+        assert status == 1
+        assert f"rank {rank} on " in said
+        assert "no progress for" in said
+        assert "furthest behind: rank 1 on " in said
+        assert "in <module>" in (ranks.folder / f"stacks-rank-{rank}.txt").read_text()
+
+
+def test_ranks_that_end_in_their_own_time_alarm_nobody(job):
+    ranks = job(2)
+    ranks.tell(1, "end")
+    assert ranks.end_of(1)[0] == 0
+    time.sleep(2.5)
+    assert ranks.members[0].poll() is None
+    ranks.tell(0, "end")
+    assert ranks.end_of(0) == (0, "")
+
+
+def start_ranks(runs, name: str, world: int, **changes: object) -> list[subprocess.Popen]:
+    """The ranks of a run with no launcher above them that would end them all."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            runs.command(name, **changes),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=runs.environment() | {k: str(v) for k, v in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+        )
+        for rank in range(world)
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_training_ends_when_a_rank_is_lost(runs, number):
+    name = f"lost-{number.name}"
+    settings = {"model__prior": "false", "data__workers": 0, "train__steps": 5000, "engine__silent_minutes": 0.05}
+    ranks = start_ranks(runs, name, 2, **settings)
+    metrics = runs.folder(name) / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (metrics.exists() and '"step": 3' in metrics.read_text()):
+            time.sleep(0.05)
+        ranks[1].send_signal(number)
+        _, said = ranks[0].communicate(timeout=120)
+        assert ranks[0].returncode == 1
+        assert "error: rank 1 on " in said
+        assert ("died" if number == signal.SIGKILL else "silent") in said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert os.path.exists(runs.folder(name) / "stacks-rank-0.txt")
