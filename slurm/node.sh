@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What train_multinode.sh runs once on every node of its job: `check` says in one line what is there, `launch` becomes
+# What train_multinode.sh runs once on every node of its job: `check` says in one line what is there, `launch` starts
 # accelerate's launcher. A file of its own, so that $SLURM_NODEID is the node's and not the batch script's.
 set -eu
 
@@ -57,7 +57,14 @@ launch() {
     # The ranks answer signals themselves; a launcher that hears one would kill them before their checkpoint.
     export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
     trap '' USR1 USR2 TERM INT
-    exec python -m accelerate.commands.launch "${options[@]}" train/main.py "$@"
+    echo "== node $SLURM_NODEID $SLURMD_NODENAME, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T')"
+    local status=0
+    python -m accelerate.commands.launch "${options[@]}" train/main.py "$@" || status=$?
+    if [ "$status" -ne 0 ]; then
+        # The first to fail is the cause, the others are its victims; only one of them can make this file.
+        (set -C && echo "$status node $SLURM_NODEID $SLURMD_NODENAME" >"$FAILURE") 2>/dev/null || true
+    fi
+    return "$status"
 }
 
 activate

@@ -82,6 +82,21 @@ step() { # srun with one task on each node of the job
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${SRUN_OPTIONS[@]}" "$@"
 }
 
+# -- signals ------------------------------------------------------------------------------------------------------------
+
+signalled=
+# The time limit is near (USR2), a preemption or scancel (TERM), or a person (USR1).
+# shellcheck disable=SC2329
+on_signal() {
+    [ -n "$signalled" ] || say "signal $1: asking the run for a checkpoint ($run/STOP)"
+    signalled=$1
+    : >"$run/STOP"
+}
+for signal in USR1 USR2 TERM INT; do
+    # shellcheck disable=SC2064
+    trap "on_signal $signal" "$signal"
+done
+
 # -- what there is ------------------------------------------------------------------------------------------------------
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -103,9 +118,11 @@ if [ -n "${GPUS_PER_NODE:-}" ] && [ "$GPUS_PER_NODE" -gt "$fewest" ]; then
 fi
 gpus=${GPUS_PER_NODE:-$fewest}
 if [ "$gpus" -gt 0 ]; then
+    [ "${PROCS_PER_NODE:-$gpus}" = "$gpus" ] || fail "PROCS_PER_NODE is for nodes without GPUs: here a GPU has a process (GPUS_PER_NODE)"
     processes=$gpus
 else
     processes=${PROCS_PER_NODE:-1}
+    [ "$fewest" -eq 0 ] || export CUDA_VISIBLE_DEVICES= # GPUS_PER_NODE=0: the ranks would take those they see
 fi
 export WORLD=$((nodes * processes))
 
@@ -113,26 +130,14 @@ while IFS=$'\t' read -r _ number host found_gpus cpus kind versions; do
     say "node $number $host: ranks $((number * processes)) to $(((number + 1) * processes - 1)), $found_gpus GPUs ($kind), $cpus CPUs, $versions"
 done <<<"$found"
 [ "$(cut -f 7 <<<"$found" | sort -u | wc -l)" -eq 1 ] || fail "the nodes have different versions: one environment for all"
-[ "$gpus" -gt 0 ] || say "no GPU on these nodes: $processes CPU processes a node (PROCS_PER_NODE), gloo"
+[ "$gpus" -gt 0 ] || say "training on the CPUs, $processes processes a node (PROCS_PER_NODE), gloo: no GPU here, or none wanted"
 say "$WORLD ranks, $processes a node; they meet at $MAIN_ADDRESS:$MAIN_PORT; commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
 say "run $run; each node's log: $run/slurm/$SLURM_JOB_ID.<node number>.<host>.log"
 
 # -- train --------------------------------------------------------------------------------------------------------------
 
-signalled=
-# The time limit is near (USR2), a preemption or scancel (TERM), or a person (USR1).
-# shellcheck disable=SC2329
-on_signal() {
-    [ -n "$signalled" ] || say "signal $1: asking the run for a checkpoint ($run/STOP)"
-    signalled=$1
-    : >"$run/STOP"
-}
-for signal in USR1 USR2 TERM INT; do
-    # shellcheck disable=SC2064
-    trap "on_signal $signal" "$signal"
-done
-
-rm -f "$run/STOP" "$run/STOPPED" # of an earlier start: only this one's marker counts
+export FAILURE=$run/slurm/$SLURM_JOB_ID.failure
+rm -f "$run/STOP" "$run/STOPPED" "$FAILURE" # of an earlier start: only this one's markers count
 log=$run/slurm/%j.%t.%N.log
 step --kill-on-bad-exit=1 --open-mode=append --output="$log" --error="$log" bash slurm/node.sh launch \
     --config "$CONFIG" --resume auto --set "run.root=$RUN_ROOT" --set "run.name=$RUN_NAME" "$@" &
@@ -148,22 +153,27 @@ while kill -0 "$srun" 2>/dev/null; do
     wait $! || true
 done
 status=0
-wait "$srun" || status=$?
+wait "$srun" || status=$(($? & 255)) # bash says -1 where a trap ran meanwhile
 rm -f "$run/STOP"
 
 # -- and then -----------------------------------------------------------------------------------------------------------
 
-again="RUN_ROOT=$RUN_ROOT RUN_NAME=$RUN_NAME sbatch slurm/train_multinode.sh $CONFIG"
+again="RUN_ROOT=$RUN_ROOT RUN_NAME=$RUN_NAME sbatch --nodes=$nodes slurm/train_multinode.sh $CONFIG${1:+$(printf ' %q' "$@")}"
 
-requeue() { # or exit with $1 where that cannot be
-    if [ "$restart" -ge "$MAX_RESTARTS" ]; then
-        say "restarted $restart times already (MAX_RESTARTS=$MAX_RESTARTS): not requeued. Go on with: $again"
+# A job that somebody cancelled must not come back; one that SLURM is taking back itself needs no help.
+leave_unless_running() {
+    local state
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || echo unknown)
+    if [ "$state" != RUNNING ]; then
+        say "SLURM has ended this job (it is $state): not requeued from here. Go on with: $again"
         exit "$1"
     fi
-    # A job that somebody cancelled must not come back.
-    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || echo UNKNOWN)
-    if [ "$state" != RUNNING ]; then
-        say "the job is $state: not requeued. Go on with: $again"
+}
+
+requeue() { # or exit with $1 where that cannot be
+    leave_unless_running "$1"
+    if [ "$restart" -ge "$MAX_RESTARTS" ]; then
+        say "restarted $restart times already (MAX_RESTARTS=$MAX_RESTARTS): not requeued. Go on with: $again"
         exit "$1"
     fi
     if ! scontrol requeue "$SLURM_JOB_ID"; then
@@ -179,16 +189,27 @@ if [ "$status" -eq 0 ]; then
         exit 0
     fi
     say "stopped with a checkpoint: $(tr '\n' ' ' <"$run/STOPPED")"
-    if [ -n "$signalled" ]; then
+    # The ranks may have had the signal themselves (`--signal` without B:). A STOP that is not ours is a person's wish.
+    if [ -n "$signalled" ] || ! grep -q "file STOP" "$run/STOPPED"; then
         say "requeueing"
         requeue "$UNFINISHED"
     fi
-    say "nobody signalled this job, so the stop was asked for: not requeued. Go on with: $again"
+    say "somebody made $run/STOP: not requeued. Go on with: $again"
     exit "$UNFINISHED"
 fi
 
-say "a node's processes ended with status $status; the last lines of each:"
-tail -n 15 "$run/slurm/$SLURM_JOB_ID".*.log || true
+leave_unless_running "$status"
+first="a node"
+if [ -s "$FAILURE" ]; then
+    read -r status first <"$FAILURE" # srun tells the highest status, often that of a node which it had to kill
+fi
+say "$first ended first, with status $status; the last lines of each:"
+for path in "$run/slurm/$SLURM_JOB_ID".*.log; do
+    echo "--- $path"
+    # Of this start, and without the launcher's own traceback, which says nothing about the cause.
+    awk '/^== node /{ n = 0; over = 0 } /elastic.*failed \(exitcode/{ over = 1 } !over { line[n++] = $0 }
+        END { for (i = n > 15 ? n - 15 : 0; i < n; i++) print line[i] }' "$path" || true
+done
 
 # A crash would only crash again. A node that died is no fault of the run: SLURM keeps the job off it.
 probes=()

@@ -1,0 +1,168 @@
+"""slurm/train_multinode.sh on a real SLURM cluster: two nodes, a signal with its requeue, a node's death, a crash."""
+
+import re
+
+import pytest
+
+STEPS = 40
+
+
+@pytest.fixture(scope="session")
+def hostile_defaults(tmp_path_factory):
+    """Somebody's answers to `accelerate config`, none of which suits the job."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "accelerate").mkdir()
+    (folder / "accelerate" / "default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_processes: 7\nnum_machines: 3\n"
+        "machine_rank: 2\nmain_process_ip: 203.0.113.9\nmain_process_port: 1\nmixed_precision: fp16\n"
+        "use_cpu: true\ndebug: true\nrdzv_backend: c10d\nsame_network: false\n"
+    )
+    return {"HF_HOME": str(folder), "ACCELERATE_USE_FSDP": "true", "RANK": "5", "WORLD_SIZE": "9", "MASTER_PORT": "1"}
+
+
+@pytest.fixture(scope="session")
+def whole(jobs, hostile_defaults) -> str:
+    """A job that nothing happens to."""
+    number = jobs.submit("whole", train__steps=STEPS, checkpoint__every=10, environment=hostile_defaults)
+    jobs.wait(number, "whole")
+    return "whole"
+
+
+def test_two_nodes_train_under_zero_2(jobs, whole):
+    said = jobs.said(whole)
+    assert re.search(r"node 0 n1: ranks 0 to 0, .*torch", said), said
+    assert re.search(r"node 1 n2: ranks 1 to 1, .*deepspeed", said)
+    assert "2 ranks, 1 a node; they meet at 127.0.0.1:" in said
+    assert "training finished" in said
+    assert set(jobs.logs(whole)) == {"0", "1"}
+    assert "2 ranks on cpu, ZeRO 2" in jobs.logs(whole)["0"]
+    losses = jobs.losses(whole)
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    assert all(0 < loss < 3 for _, loss in losses)
+    state = jobs.state(whole, STEPS)
+    assert (state["step"], state["world"], state["zero"]) == (STEPS, 2, 2)
+    assert not (jobs.runs.folder(whole) / "STOP").exists()
+    assert not (jobs.runs.folder(whole) / "STOPPED").exists()
+
+
+def test_a_signalled_job_saves_requeues_itself_and_ends_as_the_unbroken_one(jobs, whole):
+    number = jobs.submit("signalled", train__steps=STEPS, checkpoint__every=1000)
+    jobs.until_step("signalled", 3)
+    jobs.cluster.command("scancel", "--batch", "--signal=USR2", str(number))
+    job = jobs.wait(number, "signalled")
+    assert job.restarts == 1, jobs.everything("signalled")
+    said = jobs.said("signalled")
+    stopped_at = int(re.search(r'stopped with a checkpoint: .*"step": (\d+)', said).group(1))
+    assert 3 <= stopped_at < STEPS
+    assert re.search(rf"resumed .*\s+at\s+step\s+{stopped_at}\s+of", jobs.logs("signalled")["0"])
+    assert f"job {number}, start 2 of" in said
+    assert jobs.losses("signalled") == jobs.losses(whole)
+
+
+def test_a_job_whose_node_dies_goes_on_elsewhere_and_ends_as_the_unbroken_one(jobs, whole):
+    number = jobs.submit("orphan", train__steps=STEPS, checkpoint__every=5)
+    jobs.until_step("orphan", 6)
+    dead = "n2"
+    assert jobs.cluster.job(number).nodes == "n[1-2]"
+    jobs.cluster.kill_node(dead)
+    try:
+        jobs.cluster.until(lambda: jobs.cluster.job(number).restarts == 1, 120, "the requeue")
+        job = jobs.wait(number, "orphan")
+    finally:
+        jobs.cluster.start_node(dead)
+    assert (job.restarts, job.nodes) == (1, "n[1,3]")
+    said = jobs.said("orphan")
+    assert "dead nodes, which do not answer: n2 (ranks 1 to 1)" in said, said
+    assert re.search(r"resumed .*\s+at\s+step\s+\d+\s+of", jobs.logs("orphan")["0"])
+    assert jobs.losses("orphan") == jobs.losses(whole)
+
+
+def test_a_crash_is_not_requeued(jobs):
+    number = jobs.submit("crash", train__steps=2, optim__lr="fast")
+    job = jobs.wait(number, "crash", "FAILED")
+    assert (job.restarts, job.exit_code) == (0, "1:0")
+    assert "optim.lr" in jobs.said("crash")
+    assert "every node answers, so the run itself failed: not requeued" in jobs.said("crash")
+
+
+# Ranks as the script knows them: a signal or the file STOP ends them in good order.
+OBEDIENT = """
+signal.signal(signal.SIGTERM, lambda *_: stopped("SIGTERM"))
+while not os.path.exists(run + "/STOP"):
+    time.sleep(0.1)
+stopped("file STOP")
+"""
+FAILING = """
+if node == 0:
+    time.sleep(60)
+time.sleep(1)
+print("out of paper", flush=True)
+sys.exit(3)
+"""
+
+
+def test_a_preempted_job_comes_back_and_goes_on(decisions):
+    number = decisions.submit("preempted", "if restart: sys.exit()\n" + OBEDIENT, "--nodes=3")
+    decisions.until_running("preempted", number)
+    urgent = decisions.cluster.command(
+        "sbatch", "--parsable", "--partition=urgent", "--output=/dev/null", "--nodes=3", "--exclusive", "--wrap=true"
+    )
+    decisions.wait(int(urgent), "preempted", seconds=60)
+    job = decisions.wait(number, "preempted", seconds=60)
+    assert job.restarts == 1, decisions.everything("preempted")
+    assert "SIGTERM" in decisions.said("preempted")
+
+
+def test_a_job_near_its_time_limit_stops_and_comes_back_only_so_often(decisions):
+    # One minute is SLURM's shortest limit; a signal 60 seconds before it comes as soon as SLURM looks.
+    number = decisions.submit("limit", OBEDIENT, "--time=1", "--signal=B:USR2@60", MAX_RESTARTS="0")
+    job = decisions.wait(number, "limit", "FAILED", seconds=90)
+    said = decisions.said("limit")
+    assert (job.restarts, job.exit_code) == (0, "75:0"), decisions.everything("limit")
+    assert "signal USR2: asking the run for a checkpoint" in said
+    assert "restarted 0 times already (MAX_RESTARTS=0): not requeued" in said
+
+
+def test_a_stop_that_a_person_asked_for_is_not_requeued(decisions):
+    number = decisions.submit("asked", OBEDIENT)
+    decisions.until_running("asked", number)
+    (decisions.root / "runs" / "asked" / "STOP").touch()
+    job = decisions.wait(number, "asked", "FAILED", seconds=60)
+    assert (job.restarts, job.exit_code) == (0, "75:0")
+    assert "somebody made" in decisions.said("asked")
+    assert "RUN_NAME=asked sbatch --nodes=2 slurm/train_multinode.sh" in decisions.said("asked")
+
+
+def test_a_cancelled_job_stays_cancelled(decisions):
+    number = decisions.submit("cancelled", OBEDIENT)
+    decisions.until_running("cancelled", number)
+    decisions.cluster.command("scancel", str(number))
+    job = decisions.wait(number, "cancelled", "CANCELLED", seconds=60)
+    decisions.cluster.until(lambda: "SLURM has ended this job" in decisions.said("cancelled"), 30, "the last word")
+    assert job.restarts == 0
+
+
+def test_the_first_failure_is_the_one_that_is_told(decisions):
+    number = decisions.submit("failing", FAILING)
+    job = decisions.wait(number, "failing", "FAILED", seconds=60)
+    assert (job.restarts, job.exit_code) == (0, "3:0"), decisions.everything("failing")
+    assert "node 1 n2 ended first, with status 3" in decisions.said("failing")
+    assert "out of paper" in decisions.said("failing")
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"NODES": "5"}, "NODES=5, but the job has 2: sbatch --nodes=5"),
+        ({"GPUS_PER_NODE": "4"}, "GPUS_PER_NODE=4, but the nodes have n1:0 n2:0"),
+        ({"VENV": "/nowhere"}, "VENV=/nowhere is no virtual environment"),
+        ({"SITE": "/nowhere.sh"}, "SITE=/nowhere.sh: cannot read it"),
+        ({"CONFIG": "/nowhere.yaml"}, "/nowhere.yaml: cannot read this configuration"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(decisions, environment, told):
+    name = f"refused-{next(iter(environment))}"
+    number = decisions.submit(name, "pass", **environment)
+    job = decisions.wait(number, name, "FAILED", seconds=60)
+    assert (job.restarts, job.exit_code) == (0, "1:0")
+    assert told in decisions.said(name)
