@@ -16,26 +16,32 @@ def resample_tokens(tokens: torch.Tensor, patch: int, stride: int, size: tuple[i
     """Return a token map [B, C, h, w] (one token a `patch` px) on the grid of `stride` px: [B, C, *size].
 
     Cell i of either grid is centred at (i + ½)·side px, so cells of all levels cover the pixels that a convolutional
-    network's do, also where the patch is no power of two. Bilinear; a coarser grid averages with the triangle filter
-    widened to it (antialiased). Two matrix products, whose gradient is deterministic on a GPU. fp32 also under
-    autocast, the dtype is kept.
+    network's do, also where the patch is no power of two. A finer grid samples the bilinear interpolation of the
+    tokens, a coarser one averages it over its cells. Two matrix products, whose gradient is deterministic on a GPU.
+    fp32 also under autocast, the dtype is kept.
     """
     if stride == patch and tuple(tokens.shape[-2:]) == tuple(size):
         return tokens
     with torch.autocast(tokens.device.type, enabled=False):
         wide = tokens.float()
         rows, columns = (
-            _triangle(want, have, patch, stride, wide.device)
-            for want, have in zip(size, tokens.shape[-2:], strict=True)
+            _weights(want, have, patch, stride, wide.device) for want, have in zip(size, tokens.shape[-2:], strict=True)
         )
         return (rows @ wide @ columns.T).to(tokens.dtype)
 
 
-def _triangle(want: int, have: int, patch: int, stride: int, device: torch.device) -> torch.Tensor:
+def _weights(want: int, have: int, patch: int, stride: int, device: torch.device) -> torch.Tensor:
     """Weights [want, have], rows summing to 1."""
-    centres = (torch.arange(want, device=device, dtype=torch.float32) + 0.5) * (stride / patch) - 0.5
-    # Beyond the outermost tokens' centres the outermost token counts alone.
-    centres = centres.clamp(0, have - 1)
-    distance = (centres[:, None] - torch.arange(have, device=device, dtype=torch.float32)).abs()
-    weights = (1 - distance / max(1.0, stride / patch)).clamp_min(0)
+    ratio = stride / patch
+    tokens = torch.arange(have, device=device, dtype=torch.float32)
+    centres = (torch.arange(want, device=device, dtype=torch.float32)[:, None] + 0.5) * ratio - 0.5
+    if ratio <= 1:  # beyond the outermost tokens' centres the outermost counts alone
+        return (1 - (centres.clamp(0, have - 1) - tokens).abs()).clamp_min(0)
+    weights = _ramp(centres + ratio / 2 - tokens) - _ramp(centres - ratio / 2 - tokens)
     return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _ramp(x: torch.Tensor) -> torch.Tensor:
+    """Area below the unit triangle on [-1, 1] left of x."""
+    x = x.clamp(-1, 1)
+    return torch.where(x < 0, (x + 1).square() / 2, 1 - (1 - x).square() / 2)
