@@ -19,13 +19,17 @@ import re
 import socket
 import struct
 import time
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data.feature_codec import Levels, payload_bytes
+
+try:
+    from isal.isal_zlib import crc32  # zlib's numbers, 14 times as fast: checking costs less than reading
+except ImportError:
+    from zlib import crc32
 
 KEY_BYTES = 16
 ENTRY_BYTES = 32
@@ -41,7 +45,7 @@ class Layout:
 
     def __init__(self, fingerprint: str, levels: Levels, dtype: str) -> None:
         self.levels, self.dtype = levels, dtype
-        self.seed = zlib.crc32(fingerprint.encode())
+        self.seed = crc32(fingerprint.encode())
         self.payload_bytes = payload_bytes(levels, dtype)
         facts = struct.pack("<Q8sI", self.payload_bytes, dtype.encode(), len(levels))
         facts += struct.pack(f"<{3 * len(levels)}I", *itertools.chain.from_iterable(levels))
@@ -52,22 +56,22 @@ class Layout:
     def header(self, key: bytes, payload: np.ndarray) -> bytes:
         """The header that makes `payload` (uint8 [P]) the record of `key`."""
         rest = _MAGIC + key + self._facts
-        return struct.pack("<I", zlib.crc32(payload, zlib.crc32(rest, self.seed))) + rest
+        return struct.pack("<I", crc32(payload, crc32(rest, self.seed))) + rest
 
     def sound(self, key: bytes, header: bytearray, parts: Iterable[np.ndarray]) -> bool:
         """Whether header and payload (in parts) are the undamaged record of `key`."""
         rest = memoryview(header)[4:]
         if rest != _MAGIC + key + self._facts:
             return False
-        crc = zlib.crc32(rest, self.seed)
+        crc = crc32(rest, self.seed)
         for part in parts:
-            crc = zlib.crc32(part, crc)
+            crc = crc32(part, crc)
         return crc == int.from_bytes(header[:4], "little")
 
     def entry(self, key: bytes, number: int, header: bytes) -> bytes:
         """Index entry of the record."""
         entry = _ENTRY_MAGIC + key + struct.pack("<I", number) + header[:4]
-        return entry + struct.pack("<I", zlib.crc32(entry, self.seed))
+        return entry + struct.pack("<I", crc32(entry, self.seed))
 
     def keys(self, entries: bytes, first: int) -> list[bytes | None]:
         """Keys of whole index entries, of which the first belongs to record `first`; None for a damaged one."""
@@ -75,7 +79,7 @@ class Layout:
         for at in range(0, len(entries), ENTRY_BYTES):
             entry = entries[at : at + ENTRY_BYTES]
             number = struct.pack("<I", first + at // ENTRY_BYTES)
-            crc = struct.pack("<I", zlib.crc32(entry[:28], self.seed))
+            crc = struct.pack("<I", crc32(entry[:28], self.seed))
             whole = entry[:4] == _ENTRY_MAGIC and entry[20:24] == number and entry[28:] == crc
             keys.append(entry[4:20] if whole else None)
         return keys
