@@ -41,7 +41,7 @@ def summarize(model: nn.Module, size: tuple[int, int] = (256, 256)) -> Summary:
     in seconds, also one on the meta device (whose own tensors cannot run: autocast does not know them).
     """
     with FakeTensorMode(), torch.no_grad():
-        twin = _fake_copy(model).eval()
+        twin = fake_copy(model).eval()
         with FlopCounterMode(display=False, depth=None, custom_mapping=FORMULAS) as counter:
             twin(torch.empty(1, 3, *size, device="cpu"))
     counts = counter.get_flop_counts()
@@ -62,7 +62,7 @@ def summarize(model: nn.Module, size: tuple[int, int] = (256, 256)) -> Summary:
     return Summary(size, _count(model), _count(model, trainable=True), counter.get_total_flops() // 2, parts)
 
 
-def _fake_copy(model: nn.Module) -> nn.Module:
+def fake_copy(model: nn.Module) -> nn.Module:
     """Copy the structure with fake CPU tensors in place of the weights; called under a FakeTensorMode."""
     memo = {}
     for tensor in (*model.parameters(), *model.buffers()):

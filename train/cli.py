@@ -102,6 +102,33 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Option("--config", help="Configuration of the run.")],
+    nodes: Annotated[int, typer.Option(help="Nodes.", min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs a node.", min=1)] = 8,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    tflops: Annotated[float, typer.Option(help="Dense peak of a GPU in the run's precision, TFLOPS.")] = 989.0,
+    utilisation: Annotated[float, typer.Option(help="Share of that peak which products and convolutions reach.")] = 0.4,
+    hbm: Annotated[float, typer.Option(help="GB/s of a GPU's memory.")] = 3350.0,
+    launch: Annotated[float, typer.Option(help="Microseconds an operator takes to launch.")] = 6.0,
+    nvlink: Annotated[float, typer.Option(help="GB/s of a GPU inside its node.")] = 450.0,
+    network: Annotated[float, typer.Option(help="GB/s of a node to the others, one direction.")] = 400.0,
+    latency: Annotated[float, typer.Option(help="Microseconds of a collective without bytes.")] = 30.0,
+    storage: Annotated[float, typer.Option(help="GB/s that checkpoints are written with.")] = 2.0,
+    memory: Annotated[float, typer.Option(help="GiB a GPU.")] = 80.0,
+) -> None:
+    """Memory, bytes moved, step time, loader and checkpoints of a run on a cluster, before it is started."""
+    from rich.console import Console
+
+    from train.config_file import load_config
+    from train.plan import Cluster
+    from train.plan_report import print_plan
+
+    cluster = Cluster(nodes, gpus, tflops, utilisation, hbm, launch, nvlink, network, latency, storage, memory)
+    print_plan(load_config(config, overrides or []), cluster, Console())
+
+
+@app.command()
 def export(
     run: Run,
     out: Annotated[Path, typer.Option("-o", "--out", help="A file NAME.safetensors, or a folder.")],

@@ -209,7 +209,7 @@ def test_runs_with_the_cache_off_on_and_read_again_have_the_same_losses(runs, tm
     cached = {"features__folder": tmp_path, "features__cache": "on", **settings}
     runs.run("uncached", **settings)
     runs.run("cached", **cached)
-    out, _ = runs.run("cached-again", ranks=2, engine__zero=2, **cached)
+    runs.run("cached-again", ranks=2, engine__zero=2, **cached)
     plain, first, second = (runs.losses(name) for name in ("uncached", "cached", "cached-again"))
     for step, loss in plain.items():
         assert first[step] == pytest.approx(loss, abs=2e-4)
