@@ -158,17 +158,15 @@ class CrossLevelFeatureLoss(nn.Module):
         by its part; features with the first teacher's channels alone are compared with that teacher's.
         """
         first = [split[0] for split in self.splits]
-        if len(self.shares) > 1 and [f.shape[1] for f in features] == first:
-            r, t = ([x[:, :c] for x, c in zip(side, first, strict=True)] for side in (features, teacher))
-            return self._similarity(r, t, lambda a, b, level: _cosine(a, b))
+        of_first = len(self.shares) > 1 and [f.shape[1] for f in features] == first
+        if of_first:
+            teacher = [t[:, :c] for t, c in zip(teacher, first, strict=True)]
         self._check(features, teacher)
-        return self._similarity(features, teacher, lambda a, b, level: self._shared(_cosine, a, b, level))
-
-    def _similarity(self, features: Sequence, teacher: Sequence, compare: Callable) -> torch.Tensor:
-        self._calibrated()
         with torch.autocast(features[0].device.type, enabled=False):
-            r, t = self._standardise(features), self._standardise(teacher)
-            return torch.stack([compare(a, b, level) for level, (a, b) in enumerate(zip(r, t, strict=True))])
+            pairs = zip(self._standardise(features), self._standardise(teacher), strict=True)
+            return torch.stack(
+                [_cosine(r, t) if of_first else self._shared(_cosine, r, t, i) for i, (r, t) in enumerate(pairs)]
+            )
 
     def _shared(self, distance: Callable, r: torch.Tensor, t: torch.Tensor, level: int) -> torch.Tensor:
         """The mean of a distance between each teacher's channels of a level, weighed by the teachers' parts."""
@@ -185,15 +183,14 @@ class CrossLevelFeatureLoss(nn.Module):
         )
 
     def _standardise(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [self.statistics.normalise(f.float(), level) for level, f in enumerate(features)]
+        """n(·) of levels that have all the statistics' channels, or the first teacher's alone."""
+        moments = [[m[: f.shape[1]] for m in self.statistics.moments(level)] for level, f in enumerate(features)]
+        return [(f.float() - mean) / std for f, (mean, std) in zip(features, moments, strict=True)]
 
     def _check(self, prior: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> None:
         mine, theirs = [tuple(f.shape) for f in prior], [tuple(f.shape) for f in teacher]
         if mine != theirs:
             raise ValueError(f"the prior's levels {mine} do not match the teacher's {theirs}: same crop, same levels")
-        self._calibrated()
-
-    def _calibrated(self) -> None:
         if not self.statistics.calibrated:
             raise ValueError("feature losses are not calibrated: call calibrate with teacher features before training")
 
