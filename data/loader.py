@@ -1,9 +1,13 @@
 """Run the training stream of one rank in worker processes, and the fixed validation list."""
 
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,11 +15,13 @@ from torch.utils.data import DataLoader
 from data.blur import TIERS, BlurConfig, sample_rng
 from data.crops import CropPlan
 from data.errors import DataError
+from data.hung import answer_in, describe
 from data.plan import Plan, Share
 from data.shards import ShardSet
 from data.stream import PAIRED, Sources, make_pair, pair_pipeline, render_deferred
 from data.workers import init_worker, main_not_imported_again, worker_context
 
+LOOK_EVERY_S = 5.0  # after dead workers, while no batch comes
 log = logging.getLogger("sharpprior.data")
 
 
@@ -27,7 +33,8 @@ class PairLoader:
     samples_consumed: the state to save once the optimizer has used the batch. With `accumulation` a, a batches make a
     step. `sets` are shard sets (or paths); `max_bad_fraction` is the part of a set's samples that may be unreadable.
     `device` renders the blur there, batch by batch, instead of in the workers, which then only decode and draw; the
-    pairs are the same up to rounding and blurry and sharp are on that device. `attach(batch)` runs in the worker.
+    pairs are the same up to rounding and blurry and sharp are on that device. `attach(batch)` runs in the worker. No
+    batch for `stall_s` seconds is an error that says what every worker is doing.
     `loader.wait_s` and `loader.pairs` count the seconds spent waiting and the pairs delivered.
 
     Never pass it to `accelerator.prepare`: it is sharded already. Raises DataError for bad data, one line each.
@@ -58,6 +65,7 @@ class PairLoader:
         pin_memory: bool = False,
         device: torch.device | str | None = None,
         attach: Callable[[dict], None] | None = None,
+        stall_s: float = 300.0,
     ) -> None:
         if not 0 <= max_bad_fraction < 1 or workers < 0 or start < 0 or prefetch < 1:
             raise DataError(
@@ -79,6 +87,7 @@ class PairLoader:
         )
         self.share = Share(global_batch, rank, world, accumulation, canonical_groups)
         self.start, self.batches, self.workers, self.prefetch = start, batches, workers, prefetch
+        self.stall_s, self.look_s = stall_s, min(LOOK_EVERY_S, stall_s)
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.wait_s, self.pairs = 0.0, 0
         self.bad: dict[str, set[str]] = {}
@@ -103,12 +112,7 @@ class PairLoader:
         try:
             while True:
                 waited = time.perf_counter()
-                try:
-                    batch = next(iterator, None)
-                except RuntimeError as error:
-                    if "DataLoader worker" not in str(error):
-                        raise
-                    raise DataError(f"a loader worker died (out of memory?): {error}; lower data.workers") from None
+                batch = self._next(iterator)
                 self.wait_s += time.perf_counter() - waited
                 if batch is None:
                     return
@@ -119,9 +123,35 @@ class PairLoader:
         finally:
             stop()
 
+    def _next(self, iterator: Iterator[dict]) -> dict | None:
+        """The next batch, None at the end; DataError where none comes."""
+        looks = 0
+        while True:
+            try:
+                return next(iterator, None)
+            except RuntimeError as error:
+                if "DataLoader timed out" in str(error):
+                    looks += 1  # not a clock: time in which this process itself stood still does not count
+                    if looks * self.look_s < self.stall_s:
+                        continue
+                    self._give_up(iterator)
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(f"a loader worker died (out of memory?): {error}; lower data.workers") from None
+
+    def _give_up(self, iterator: Iterator[dict]) -> NoReturn:
+        doing = describe(Path(self._folder), [worker.pid for worker in iterator._workers])
+        for worker in iterator._workers:
+            worker.kill()  # what hangs does not listen to less, and is waited for at the end
+        raise DataError(
+            f"no batch came for {self.stall_s:.0f} s: {doing}; check the storage and the machine's memory, or raise "
+            "data.stall_minutes"
+        )
+
     def _open(self) -> tuple[Iterator[dict], Callable[[], None]]:
         if self.workers == 0:
             return iter(self.pipeline), lambda: None
+        self._folder = tempfile.mkdtemp(prefix="sharpprior-loader-")
         loader = DataLoader(
             self.pipeline,
             batch_size=None,
@@ -129,12 +159,18 @@ class PairLoader:
             num_workers=self.workers,
             prefetch_factor=self.prefetch,
             multiprocessing_context=worker_context(),
-            worker_init_fn=init_worker,
+            worker_init_fn=partial(_init_loader_worker, Path(self._folder)),
             pin_memory=self.pin_memory,
+            timeout=self.look_s,
         )
         with main_not_imported_again():
             iterator = iter(loader)
-        return iterator, iterator._shutdown_workers
+
+        def stop() -> None:
+            iterator._shutdown_workers()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+        return iterator, stop
 
     def _finish(self, batch: dict, number: int) -> dict:
         for source, sample, message in batch.pop("bad"):
@@ -181,6 +217,11 @@ def check_crop_fits(shards: ShardSet, crop: int) -> None:
             f"is smaller than the crop of {crop} px ({len(small)} of {len(shards)} are); lower data.crop to "
             f"{min(side for *_, side in small)} or prepare larger tiles (--tile 0: pictures stay whole)"
         )
+
+
+def _init_loader_worker(folder: Path, _: int) -> None:
+    init_worker()
+    answer_in(folder)
 
 
 def as_is(batch: dict) -> dict:

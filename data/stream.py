@@ -19,6 +19,7 @@ from data.blur import BlurConfig, draw_attempt, plan_pair, sample_rng, synthesiz
 from data.blur.batched import pairs_of_plans
 from data.crops import Crop, CropPlan
 from data.errors import DataError
+from data.hung import at_sample
 from data.image import decode_image, psnr
 from data.plan import Plan, Share, Slot
 from data.shards import ShardSet
@@ -43,6 +44,7 @@ class Sources:
         """(sharp RGB, blurry RGB of a recorded pair or None), uint8 [H, W, 3]; DataError names shard and sample."""
         shards = self.sets[source]
         name = shards.name(sample)
+        at_sample(name)
         if (source, sample) in self.broken:
             raise DataError(self.broken[source, sample])
         try:

@@ -136,4 +136,5 @@ def pair_loader(
         pin_memory=pin_memory,
         device=device if on_gpu else None,
         attach=attach,
+        stall_s=60 * data.stall_minutes,
     )
