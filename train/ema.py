@@ -41,6 +41,8 @@ class Ema:
     own partition, so the memory is divided as the weights' is. decay 0 makes the average the weights themselves.
     """
 
+    divided = False  # whether each rank has parts of its own under every ZeRO stage: `MasterEma`
+
     def __init__(self, module: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay {decay}: expected 0 ≤ decay < 1")
