@@ -151,7 +151,7 @@ def write_state(folder: Path, engine: Engine, ema: Ema) -> None:
         for key in ("weight", *MOMENTS):
             entries.append((f"{key}/{piece.name}", piece.start, piece.count, partial(piece.read, key)))
     for number, (name, start, count) in enumerate(ema.parts()):
-        if stage == 3 or number % engine.world == engine.rank:
+        if stage == 3 or ema.divided or number % engine.world == engine.rank:
             entries.append((f"average/{name}", start, count, partial(ema.read, name)))
     (folder / STATE).mkdir(exist_ok=True)
     metadata = {
