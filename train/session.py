@@ -21,11 +21,11 @@ from model.deblurrer import Deblurrer
 from model.pretrained import load_pretrained
 from train.checkpoint import Checkpoints, RunState, read_state
 from train.config import Config
-from train.ema import Ema
 from train.engine import Engine
 from train.evaluate import evaluate_pairs, merge
 from train.heartbeat import beat
 from train.loop import StepResult
+from train.master_ema import averages_of
 from train.progress import TrainingProgress
 from train.ranks import rank_lines
 from train.report import draw_curve, draw_panel, draw_similarity, tier_lines, write_report
@@ -88,7 +88,7 @@ class Session:
             module = self._build(checkpoint, init)
         engine.wrap(module)
         self.shares = StepShares(engine.module, self.task.teacher) if engine.main else None
-        self.ema = Ema(engine.module, config.train.ema)
+        self.ema = averages_of(engine, config.train.ema)
         log.info(
             "%d trained parameters, %d ranks on %s, ZeRO %d, %s",
             trainable(engine.module), engine.world, engine.device.type, config.engine.zero, config.engine.precision,
