@@ -1,5 +1,9 @@
 """The plan of a run on a cluster: its bytes are those that small runs move and write."""
 
+import json
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +28,7 @@ from train.plan import (
 from train.plan_report import allowed_stages, stages_of
 from train.task import build_model
 
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "model": {"backbone": {"name": "unet", "width": 8, "blocks": [1, 1]}, "levels": 3},
     "data": {"crop": 64},
@@ -121,3 +126,33 @@ def test_the_command_prints_a_plan_and_refuses_a_batch_that_does_not_divide(tmp_
 def test_a_cluster_without_speed_is_refused():
     with pytest.raises(ValueError, match="--network 0"):
         Cluster(2, 8, network=0)
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "accumulation"),
+    [(0, "fp32", 2), (1, "bf16", 2), (2, "fp32", 2), (2, "bf16", 1), (3, "bf16", 2)],
+)
+def test_two_ranks_move_the_planned_bytes(runs, tmp_path, zero, precision, accumulation):
+    settings = {
+        "engine__zero": zero, "engine__precision": precision, "train__accumulation": accumulation,
+        "train__steps": 3, "train__distill_steps": 0, "data__workers": 0, "checkpoint__every": 9,
+    }  # fmt: skip
+    out = tmp_path / "moved.json"
+    command = runs.command(f"moved{zero}{precision}", ranks=2, **settings)
+    main = next(n for n, word in enumerate(command) if word.endswith("main.py"))
+    command[main : main + 1] = [str(Path(__file__).with_name("counted_run.py")), str(out)]
+    done = subprocess.run(command, env=runs.environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with torch.device("meta"):
+        network = build_model(load_config(runs.folder(f"moved{zero}{precision}") / "config.yaml"))
+    planned: dict[str, int] = {}
+    written = build_config({**SMALL, "engine": {"zero": zero, "precision": precision}}, {})
+    written = written.model_copy(update={"train": written.train.model_copy(update={"accumulation": accumulation})})
+    for moved in collectives(written, gradients_of(network), zero):
+        planned[moved.op] = planned.get(moved.op, 0) + moved.payload
+    last = json.loads(out.read_text())[-1]["moved"]  # ZeRO-3 traces its first two steps
+    for operation, payload in planned.items():
+        # Norms, flags and the padding of buckets come on top.
+        assert payload <= last[operation] <= 1.01 * payload + 4096, operation
+    for operation in last.keys() - planned.keys():
+        assert last[operation] <= 16384, operation
