@@ -94,7 +94,7 @@ def clear(root: str | Path, only: str | None = None, *, force: bool = False) -> 
     folders = [path for path in _folders(root) if only is None or path.name.startswith(only)]
     if only is not None and len(folders) != 1:
         raise DataError(f"{root}: {len(folders)} folders start with {only!r}; see `sharpprior cache stats`")
-    held = [path for path in folders if any(locked(path / f"{stem}.idx") for stem in stems(path))]
+    held = [path for path in folders if any(locked(path, stem) for stem in stems(path))]
     if held and not force:
         raise DataError(f"{held[0]}: a running writer holds it; stop the run, or use --force")
     freed = 0
@@ -127,7 +127,7 @@ def _folders(root: Path) -> Iterator[Path]:
 def _open(path: Path) -> tuple[Folder, SegmentReader | None]:
     found = stems(path)
     folder = Folder(path, segments=len(found), bytes=sum(found.values()))
-    folder.writers = sum(locked(path / f"{stem}.idx") for stem in found)
+    folder.writers = sum(locked(path, stem) for stem in found)
     try:
         spec = CacheSpec.from_meta(json.loads((path / META).read_bytes()))
         if spec.fingerprint != path.name:

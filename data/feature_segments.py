@@ -96,15 +96,15 @@ class SegmentWriter:
         who = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{socket.gethostname()[:40]}-{os.getpid()}-{next(_counter)}-{name[:40]}")
         self.stem = f"{time.time_ns():020d}-{who}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        self._data = os.open(folder / f"{self.stem}.seg", flags, 0o644)
+        # Locked before it has its name: whoever sees an index without a lock sees one that grows no more.
+        self._index = os.open(folder / f"{self.stem}.new", flags, 0o644)
         try:
-            # Locked before it has its name: whoever sees an index without a lock sees one that grows no more.
-            self._index = os.open(folder / f"{self.stem}.new", flags, 0o644)
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._data = os.open(folder / f"{self.stem}.seg", flags, 0o644)
             os.rename(folder / f"{self.stem}.new", folder / f"{self.stem}.idx")
         except OSError:
-            os.close(self._data)
+            os.close(self._index)
             remove_segment(folder, self.stem)
             raise
 
@@ -135,8 +135,9 @@ class SegmentWriter:
 
     def close(self) -> None:
         """Close the files; the lock goes with them."""
-        os.close(self._data)
-        os.close(self._index)
+        for file in (self._data, self._index):
+            with contextlib.suppress(OSError):  # a network file system may say only now that its disk is full
+                os.close(file)
 
 
 def _write_all(file: int, buffers: list, offset: int) -> None:
@@ -152,16 +153,17 @@ def _write_all(file: int, buffers: list, offset: int) -> None:
             buffers[0] = memoryview(buffers[0]).cast("B")[written:]
 
 
-def locked(index: Path) -> bool:
-    """Whether a living writer holds this index."""
-    try:
-        file = os.open(index, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        return held(file)
-    finally:
-        os.close(file)
+def locked(folder: Path, stem: str) -> bool:
+    """Whether a living writer holds this segment."""
+    for kind in ("new", "idx"):  # in the order of their life
+        with contextlib.suppress(OSError):
+            file = os.open(folder / f"{stem}.{kind}", os.O_RDONLY)
+            try:
+                if held(file):
+                    return True
+            finally:
+                os.close(file)
+    return False
 
 
 def held(file: int) -> bool:
@@ -207,8 +209,8 @@ def make_room(folder: Path, limit_bytes: int, needed: int, own: str | None) -> i
         found = stems(folder)
         excess = sum(found.values()) + needed - limit_bytes
         others = [stem for stem in found if stem != own]
-        held = {stem: locked(folder / f"{stem}.idx") for stem in others} if excess > 0 else {}
-        for stem in sorted(others, key=lambda stem: (held.get(stem, False), stem)):
+        in_use = {stem: locked(folder, stem) for stem in others} if excess > 0 else {}
+        for stem in sorted(others, key=lambda stem: (in_use.get(stem, False), stem)):
             if excess <= 0:
                 break
             remove_segment(folder, stem)

@@ -16,7 +16,7 @@ import torch
 from data.errors import DataError
 from data.feature_codec import Stored
 from data.feature_lookup import SegmentReader
-from data.feature_segments import ENTRY_BYTES, Layout, SegmentWriter, make_room
+from data.feature_segments import ENTRY_BYTES, Layout, SegmentWriter, make_room, stems
 
 log = logging.getLogger("sharpprior.data")
 _LARGEST_SEGMENT = 1 << 30
@@ -49,12 +49,13 @@ class FeatureWriter:
         name: str,
         limit_bytes: int,
         *,
+        evict: bool = True,
         problem: str | None = None,
         queue_bytes: int = _QUEUE_BYTES,
     ) -> None:
         self.folder, self.name, self.stats = folder, name, WriteStats()
         self.stopped: str | None = None
-        self._layout, self._limit, self._queue_bytes = layout, limit_bytes, queue_bytes
+        self._layout, self._limit, self._evict, self._queue_bytes = layout, limit_bytes, evict, queue_bytes
         # Several to a cache, so that removing the oldest leaves most of it.
         self._segment_bytes = min(_LARGEST_SEGMENT, limit_bytes // 8)
         self._segment: SegmentWriter | None = None
@@ -89,9 +90,17 @@ class FeatureWriter:
                 self.stats.dropped += len(keys)
                 return
             self._waiting_bytes += size
-        payload, storable, copied = _to_host(stored)
+        try:
+            waiting = (list(keys), *_to_host(stored))
+        except RuntimeError as error:  # no pinned memory left
+            self._stop(_reason(error, self.folder))
+            waiting = None
         with self._changed:
-            self._waiting.append((list(keys), payload, storable, copied))
+            if waiting is None:
+                self._waiting_bytes -= size
+                self.stats.dropped += len(keys)
+                return
+            self._waiting.append(waiting)
             self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=f"features-{self.name}", daemon=True)
@@ -135,6 +144,7 @@ class FeatureWriter:
                 self._write(keys, payload.numpy(), storable.numpy())
             except Exception as error:  # whatever it is, it is the cache's trouble and not the training's
                 self._stop(_reason(error, self.folder))
+                self._end_segment()
             with self._changed:
                 self._waiting_bytes -= len(keys) * self._layout.payload_bytes
                 self._busy = False
@@ -169,13 +179,22 @@ class FeatureWriter:
             count = max(1, (self._segment_bytes - self._segment.bytes) // size)
             some, keys = keys[:count], keys[count:]
             rows, payloads = payloads[:count], payloads[count:]
-            own = self._segment.stem
-            self.stats.removed_segments += make_room(self.folder, self._limit, len(some) * size, own)
+            if not self._make_room(len(some) * size):
+                self.stats.dropped += len(some) + len(keys)
+                return
             self._segment.append(some, rows)
             self.stats.written += len(some)
             self.stats.bytes += len(some) * self._layout.record_bytes
-            # Once more: another writer may have taken the same room.
-            self.stats.removed_segments += make_room(self.folder, self._limit, 0, own)
+            self._make_room(0)  # once more: another writer may have taken the same room
+
+    def _make_room(self, needed: int) -> bool:
+        """Keep the limit; False where that ends the writing."""
+        if self._evict:
+            self.stats.removed_segments += make_room(self.folder, self._limit, needed, self._segment.stem)
+            return True
+        if sum(stems(self.folder).values()) + needed > self._limit:
+            self._stop(f"{self.folder} has reached features.limit_gib, {self._limit / 2**30:.2f} GiB")
+        return self.stopped is None
 
     def _end_segment(self) -> None:
         if self._segment is not None:
@@ -186,7 +205,6 @@ class FeatureWriter:
         if self.stopped is None:
             self.stopped = reason
             log.warning("feature cache: writing stops (%s); training goes on with what is cached", reason)
-        self._end_segment()
 
 
 def _to_host(stored: Stored) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]:

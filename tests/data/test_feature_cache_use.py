@@ -355,6 +355,15 @@ def test_workers_attach_what_is_cached_of_a_batch(tmp_path, make_set, dtype, wor
     assert hits >= 9
 
 
+def test_workers_send_on_batches_without_a_hit(tmp_path, make_set):
+    reader = a_cache(tmp_path / "cache").reader()
+    for batch in PairLoader(
+        make_set([4]), BlurConfig(), crop=48, global_batch=2, batches=2, workers=1, attach=reader.attach
+    ):
+        assert [level.shape for level in batch["features"]] == [(0, *level) for level in LEVELS]
+        assert not batch["feature_hits"].any()
+
+
 def test_an_empty_cache_attaches_empty_features(tmp_path):
     batch = {"image": ["a", "b"], "box": np.zeros((2, 3), np.int64), "flip": np.zeros(2, bool)}
     a_cache(tmp_path).reader().attach(batch)
@@ -390,6 +399,22 @@ def test_the_oldest_segments_go_when_the_limit_is_reached(tmp_path, monkeypatch)
     assert 20 <= len(gone) < 30
     assert reader.stats.corrupt == 0
     assert other.reader().get(keys_of("other")[0]) is not None
+
+
+def test_a_full_cache_can_keep_what_it_has_instead(tmp_path, caplog):
+    spec = CacheSpec("teacher", LEVELS, {}, "fp16")
+    cache = FeatureCache(tmp_path, spec, limit_bytes=20 * spec.record_bytes, when_full="stop")
+    with cache.writer("rank0") as writer:
+        for n in range(10):
+            writer.put(keys_of(f"{n}"), quantise(features(n), "fp16"))
+            writer.flush()
+        assert (writer.stats.written, writer.stats.removed_segments) == (16, 0)
+    assert len(warnings_of(caplog)) == 1
+    assert "features.limit_gib" in warnings_of(caplog)[0]
+    reader = cache.reader()
+    assert [reader.get(keys_of(f"{n}")[0]) is not None for n in range(10)] == [n < 4 for n in range(10)]
+    with pytest.raises(DataError, match="newest"):
+        FeatureCache(tmp_path, spec, limit_bytes=LIMIT, when_full="newest")
 
 
 def test_a_batch_larger_than_a_segment_is_split(tmp_path):
@@ -482,6 +507,7 @@ def test_a_disk_that_takes_no_more_ends_the_writing_with_one_warning(tmp_path, m
     for row, key in enumerate(keys_of("a")):
         assert same(reader.get(key), stored, row) == (part != "start")
     assert all(reader.get(key) is None or same(reader.get(key), stored, n) for n, key in enumerate(keys_of("b")))
+    assert reader.stats.corrupt == 0
     fill(cache, "e")
     assert cache.reader().get(keys_of("e")[0]) is not None
 
@@ -567,6 +593,22 @@ def test_a_batch_larger_than_the_queue_is_taken_when_it_is_empty(tmp_path):
         writer.put(keys_of("a"), quantise(features(1), "fp16"))
         writer.flush()
         assert writer.stats.written == 4
+
+
+def test_a_copy_from_the_gpu_that_fails_is_a_warning_too(tmp_path, monkeypatch, caplog):
+    def broken(_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    cache = a_cache(tmp_path)
+    with cache.writer("rank0") as writer:
+        writer.put(keys_of("a"), quantise(features(1), "fp16"))
+        writer.flush()
+        monkeypatch.setattr("data.feature_writer._to_host", broken)
+        for name in "bc":
+            writer.put(keys_of(name), quantise(features(1), "fp16"))
+        writer.flush()
+        assert (writer.stats.dropped, writer._waiting_bytes) == (8, 0)
+    assert len(warnings_of(caplog)) == 1
 
 
 def test_an_unforeseen_error_of_the_thread_is_a_warning_too(tmp_path, monkeypatch, caplog):
