@@ -30,7 +30,7 @@ fail() {
 }
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
-    command -v sbatch >/dev/null || fail "no SLURM here (sbatch not found); one node trains with: accelerate launch train/main.py"
+    command -v sbatch >/dev/null || fail "sbatch not found: no SLURM here; one machine trains with accelerate launch train/main.py"
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
     exec sbatch ${NODES:+--nodes="$NODES"} ${GPUS_PER_NODE:+--gpus-per-node="$GPUS_PER_NODE"} slurm/train_multinode.sh "$@"
 fi
@@ -74,8 +74,10 @@ mkdir -p "$run/slurm" || fail "$run: cannot make the run's folder: set RUN_ROOT 
 
 # A node's ranks share all its cores: SLURM would bind a step's single task to one. Without a task plugin there is nothing
 # to unbind, and srun says so.
+settings=$(scontrol show config)
 bind=
-! scontrol show config | grep -qE '^TaskPlugin .*(affinity|cgroup)' || bind=--cpu-bind=none
+! grep -qE '^TaskPlugin .*(affinity|cgroup)' <<<"$settings" || bind=--cpu-bind=none
+kill_wait=$(sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p' <<<"$settings")
 
 step() { # srun with one task on each node of the job
     srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 ${bind:+"$bind"} \
@@ -144,10 +146,17 @@ step --kill-on-bad-exit=1 --open-mode=append --output="$log" --error="$log" bash
 srun=$!
 
 # A signal ends `wait`, not the step: wait again. A run that was asked while it still set itself up has taken the request
-# for an old one and removed it: ask again.
+# for an old one and removed it: ask again. And srun waits for a dead node's tasks until SLURM itself has missed the node,
+# which takes minutes: once a node has failed, all others are killed or unreachable after SLURM's own KillWait.
+failed_at=
 while kill -0 "$srun" 2>/dev/null; do
     if [ -n "$signalled" ] && [ ! -e "$run/STOPPED" ]; then
         : >"$run/STOP"
+    fi
+    if [ -z "$failed_at" ] && [ -s "$FAILURE" ]; then
+        failed_at=$SECONDS
+    elif [ -n "$failed_at" ] && [ $((SECONDS - failed_at)) -gt $((${kill_wait:-30} + 10)) ]; then
+        kill -KILL "$srun"
     fi
     sleep 1 &
     wait $! || true

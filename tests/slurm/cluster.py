@@ -91,7 +91,7 @@ def missing() -> list[str]:
 class Cluster:
     """`nodes` nodes n1, n2, … of two CPUs each. Use as a context manager."""
 
-    def __init__(self, folder: Path, nodes: int, *, node_timeout: int = 10, kill_wait: int = 5) -> None:
+    def __init__(self, folder: Path, nodes: int, *, node_timeout: int = 20, kill_wait: int = 2) -> None:
         self.folder = folder
         self.nodes = [f"n{number + 1}" for number in range(nodes)]
         self._processes: dict[str, subprocess.Popen] = {}

@@ -154,14 +154,17 @@ class Decisions(Jobs):
         (root / "bin" / "python").chmod(0o755)
         (root / "tiny.yaml").write_text("{}\n")
 
-    def submit(self, name: str, training: str, *options: str, **environment: str) -> int:
-        """Number of a job; training: Python code for each node, with `stopped(reason)`, `node`, `restart`."""
-        values = {
+    def values(self, name: str, training: str) -> dict[str, str]:
+        """Environment of a job."""
+        return {
             "CONFIG": str(self.root / "tiny.yaml"), "RUN_ROOT": str(self.root / "runs"), "RUN_NAME": name,
             "VENV": str(self.root), "TRAINING": training,
         }  # fmt: skip
+
+    def submit(self, name: str, training: str, *options: str, **environment: str) -> int:
+        """Number of a job; training: Python code for each node, with `stopped(reason)`, `node`, `restart`."""
         command = ["sbatch", "--parsable", f"--output={self.output(name)}", *options, "slurm/train_multinode.sh"]
-        return int(self.cluster.command(*command, cwd=ROOT, **values | environment))
+        return int(self.cluster.command(*command, cwd=ROOT, **self.values(name, training) | environment))
 
     def logs(self, name: str) -> dict[str, str]:
         paths = (self.root / "runs" / name / "slurm").glob("*.log")

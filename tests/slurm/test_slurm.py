@@ -1,9 +1,13 @@
 """slurm/train_multinode.sh on a real SLURM cluster: two nodes, a signal with its requeue, a node's death, a crash."""
 
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 STEPS = 40
 
 
@@ -71,8 +75,8 @@ def test_a_job_whose_node_dies_goes_on_elsewhere_and_ends_as_the_unbroken_one(jo
     finally:
         jobs.cluster.start_node(dead)
     assert (job.restarts, job.nodes) == (1, "n[1,3]")
-    said = jobs.said("orphan")
-    assert "dead nodes, which do not answer: n2 (ranks 1 to 1)" in said, said
+    # Whoever notices first, our script or SLURM, names the node.
+    assert re.search(r"(Node failure on|which do not answer:) n2", jobs.said("orphan")), jobs.said("orphan")
     assert re.search(r"resumed .*\s+at\s+step\s+\d+\s+of", jobs.logs("orphan")["0"])
     assert jobs.losses("orphan") == jobs.losses(whole)
 
@@ -123,6 +127,31 @@ def test_a_job_near_its_time_limit_stops_and_comes_back_only_so_often(decisions)
     assert "restarted 0 times already (MAX_RESTARTS=0): not requeued" in said
 
 
+ON_A_DYING_NODE = """
+if restart:
+    sys.exit()
+while node == 1 or not os.path.exists(run + "/dead"):
+    time.sleep(0.1)
+print("connection closed by peer", flush=True)
+sys.exit(1)
+"""
+
+
+def test_a_dead_node_is_named_and_its_job_requeued_before_slurm_notices(decisions):
+    number = decisions.submit("bereaved", ON_A_DYING_NODE)
+    decisions.until_running("bereaved", number)
+    decisions.cluster.kill_node("n2")
+    try:
+        (decisions.root / "runs" / "bereaved" / "dead").touch()
+        job = decisions.wait(number, "bereaved", seconds=90)
+    finally:
+        decisions.cluster.start_node("n2")
+    said = decisions.said("bereaved")
+    assert "node 0 n1 ended first, with status 1" in said, said
+    assert "dead nodes, which do not answer: n2 (ranks 1 to 1); requeueing" in said
+    assert (job.restarts, job.nodes) == (1, "n[1,3]")
+
+
 def test_a_stop_that_a_person_asked_for_is_not_requeued(decisions):
     number = decisions.submit("asked", OBEDIENT)
     decisions.until_running("asked", number)
@@ -148,6 +177,20 @@ def test_the_first_failure_is_the_one_that_is_told(decisions):
     assert (job.restarts, job.exit_code) == (0, "3:0"), decisions.everything("failing")
     assert "node 1 n2 ended first, with status 3" in decisions.said("failing")
     assert "out of paper" in decisions.said("failing")
+
+
+def test_the_script_submits_as_it_is_and_by_environment(decisions):
+    decisions.cluster.command("sbatch", "--test-only", "slurm/train_multinode.sh", cwd=ROOT)
+    values = decisions.values("bash", "pass") | {"NODES": "3", "SBATCH_OUTPUT": str(decisions.output("bash"))}
+    said = decisions.cluster.command("bash", str(ROOT / "slurm" / "train_multinode.sh"), cwd=decisions.root, **values)
+    number = int(said.split()[-1])
+    decisions.wait(number, "bash", seconds=60)
+    assert "3 ranks, 1 a node" in decisions.said("bash")
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say():
+    subprocess.run(["shellcheck", *sorted((ROOT / "slurm").glob("*.sh"))], check=True)
 
 
 @pytest.mark.parametrize(
