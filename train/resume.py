@@ -15,6 +15,8 @@ from train.config_file import load_config
 from train.run_folder import RunFolder, deciding, log
 from train.upload import FarFolder
 
+DIVIDING = {"zero", "offload", "offload_parameters"}
+
 
 def find_checkpoint(resume: str, checkpoints: Checkpoints, folder: RunFolder, far: FarFolder | None) -> Path | None:
     """The checkpoint that `--resume` names, or under `auto` the newest whole one, fetched from the copies where the
@@ -57,7 +59,8 @@ def divided_anew(path: Path, config: Config, world: int) -> str | None:
     """What is divided otherwise than when the checkpoint was written, in words; None if nothing is."""
     state, before = read_state(path), load_config(path / "config.yaml")
     changed = [f"ranks {state.world} → {world}"] if state.world != world else []
-    changed += differences({"engine": before.engine.model_dump()}, {"engine": config.engine.model_dump()})
+    was, now = ({"engine": each.engine.model_dump(include=DIVIDING)} for each in (before, config))
+    changed += differences(was, now)
     if before.train.accumulation != config.train.accumulation:
         changed.append(f"train.accumulation {before.train.accumulation} → {config.train.accumulation}")
     return ", ".join(changed) or None

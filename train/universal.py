@@ -6,8 +6,8 @@ state/rank-00000.safetensors, …   one file a rank: `weight/NAME`, `exp_avg/NAM
 state/engine.json                 counters and loss scale
 
 Every rank writes the pieces that it owns and nothing twice; a rank of another run reads the pieces that cover what it
-owns there. DeepSpeed's own universal checkpoint is not used: its ZeRO-3 loader gives all parameter groups the first
-one's weight decay, it has no ZeRO 0, and it needs a conversion in between (docs/LOG.md).
+owns there. DeepSpeed's own universal checkpoint (0.19.8) is not used: under ZeRO 3 it gives every parameter group the
+first one's weight decay, it has no ZeRO 0, and it needs a conversion in between (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -253,7 +253,9 @@ def read_state_into(folder: Path, engine: Engine, ema: Ema) -> None:
         count = max(0, min(part.numel(), _numel(parameter) - start))
         put(part, 0, files.read(f"weight/{name}", start, count))
     fresh_optimizer_state(engine)
-    for piece in pieces(engine):
+    owned = pieces(engine)
+    _check_counts(folder, owned, files)
+    for piece in owned:
         for key in ("weight", *MOMENTS):
             piece.write(key, files.read(f"{key}/{piece.name}", piece.start, piece.count))
         piece.set_updates(files.updates[piece.name])
@@ -261,6 +263,18 @@ def read_state_into(folder: Path, engine: Engine, ema: Ema) -> None:
         ema.write(name, files.read(f"average/{name}", start, count))
     ema.updates = files.averaged
     _restore_engine_facts(engine, json.loads((folder / STATE / "engine.json").read_text()))
+
+
+def _check_counts(folder: Path, owned: list[Piece], files: StateFiles) -> None:
+    """Under ZeRO one count serves a whole group of parameters; ZeRO 0 has one for each, which may differ."""
+    counts: dict[int, int] = {}
+    for piece in owned:
+        count = files.updates[piece.name]
+        if counts.setdefault(id(piece.flat), count) != count:
+            raise ValueError(
+                f"{folder}: {piece.name} was updated {count} times, its group {counts[id(piece.flat)]} times: this "
+                "state fits engine.zero 0 alone"
+            )
 
 
 def _numel(parameter: nn.Parameter) -> int:

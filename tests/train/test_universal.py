@@ -1,6 +1,7 @@
 """A run goes on with other ranks, under another ZeRO stage: the same state, bit for bit, the same losses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from weights import assert_same_weights
 
 from train.universal import StateFiles
 
@@ -69,3 +71,40 @@ def test_the_model_beside_the_state_is_the_average(chain):
             assert torch.equal(files.read(key, 0, files.numel(key)), model[name].reshape(-1))
         assert {"frozen.weight", "norm.running_mean", "places"} <= model.keys()
         assert "passing" not in model
+
+
+def go_on(runs, source: str, name: str, step: int, *arguments: str, **settings: object) -> str:
+    """A copy of a run that goes on from a step; its output in one line."""
+    shutil.copytree(runs.folder(source), runs.folder(name))
+    for folder in (runs.folder(name) / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    length = {"train__steps": 12, "train__distill_steps": 4, "checkpoint__every": 2, "data__workers": 0}
+    out, error = runs.run(name, "--resume", "auto", *arguments, **(length | settings))
+    return " ".join((out + error).split())
+
+
+def test_a_run_on_1_2_4_and_2_ranks_has_the_losses_of_the_unbroken_one(runs, unbroken):
+    told = go_on(runs, unbroken, "on-two", 6, ranks=2, engine__zero=2)
+    assert "ranks 1 → 2, engine.zero 0 → 2; a step stays 4 pairs" in told
+    told = go_on(runs, "on-two", "on-four", 8, ranks=4, engine__zero=3)
+    assert "ranks 2 → 4, engine.zero 2 → 3" in told
+    told = go_on(runs, "on-four", "on-two-again", 10, ranks=2, engine__zero=1, engine__timeout_minutes=7)
+    assert "ranks 4 → 2, engine.zero 3 → 1; a step" in told
+    expected, found = runs.losses(unbroken), runs.losses("on-two-again")
+    assert list(found) == list(expected)
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, abs=1e-4), step
+    assert_same_weights(runs, "on-two-again", unbroken, 12, tolerance=2e-3)
+
+
+def test_what_changes_the_losses_is_refused_when_a_run_goes_on(runs, unbroken):
+    length = {"train__steps": 12, "train__distill_steps": 4}
+    for change, words in (
+        ({"engine__precision": "bf16"}, "engine.precision fp32 → bf16"),
+        ({"train__batch": 8}, "train.batch 4 → 8"),
+        ({"engine__deepspeed": "{prescale_gradients: true}"}, "engine.deepspeed"),
+    ):
+        _, error = runs.run(unbroken, "--resume", "auto", status=1, **(length | change))
+        assert words in " ".join(error.split())
+        assert "--init" in error
