@@ -2,15 +2,14 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ranks import ROOT, start_ranks
 
-ROOT = Path(__file__).parents[2]
 MEMBER = """
 import sys, time
 from pathlib import Path
@@ -151,30 +150,11 @@ def test_ranks_that_end_in_their_own_time_alarm_nobody(job):
     assert ranks.end_of(0) == (0, "")
 
 
-def start_ranks(runs, name: str, world: int, **changes: object) -> list[subprocess.Popen]:
-    """The ranks of a run with no launcher above them that would end them all."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(
-            runs.command(name, **changes),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=runs.environment() | {k: str(v) for k, v in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-        )
-        for rank in range(world)
-    ]
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_training_ends_when_a_rank_is_lost(runs, number):
     name = f"lost-{number.name}"
     settings = {"model__prior": "false", "data__workers": 0, "train__steps": 5000, "engine__silent_minutes": 0.05}
-    ranks = start_ranks(runs, name, 2, **settings)
+    ranks = start_ranks(runs.command(name, **settings), 2, runs.environment())
     metrics = runs.folder(name) / "metrics.jsonl"
     try:
         deadline = time.monotonic() + 120

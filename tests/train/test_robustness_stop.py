@@ -4,13 +4,18 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ranks import ROOT, start_ranks
 
-ENDLESS = {"train__steps": 5000, "checkpoint__every": 5000}
+from train.signals import REASONS, StopRequest
+from train.signals import StoppedEarly as StoppedEarlyError
+
+ENDLESS = {"model__prior": "false", "train__steps": 5000, "checkpoint__every": 5000}
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
@@ -23,30 +28,147 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
         time.sleep(0.02)
 
 
+def text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 def steps_done(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count('"loss"') if metrics.exists() else 0
+    return text(folder / "metrics.jsonl").count('"loss"')
 
 
-def stopped(folder: Path, process: subprocess.Popen) -> dict:
+def stopped(folder: Path, *processes: subprocess.Popen, saved: bool = True) -> dict:
     """The marker of a run that ended as it was asked to; its checkpoint is there."""
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error[-3000:]
+    for process in processes:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error[-3000:]
+        assert "Traceback" not in error
     marker = json.loads((folder / "STOPPED").read_text())
     assert not (folder / "STOP").exists()
-    assert (folder / f"checkpoints/step-{marker['step']:08d}/run.json").exists()
-    assert (folder / "checkpoints/latest").read_text() == f"step-{marker['step']:08d}\n"
-    assert "Traceback" not in error
+    if saved:
+        assert (folder / f"checkpoints/step-{marker['step']:08d}/run.json").exists()
+        assert (folder / "checkpoints/latest").read_text() == f"step-{marker['step']:08d}\n"
     return marker
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
-def test_a_signal_to_every_process_saves_and_marks(runs, name):
+def test_a_signal_to_every_process_saves_and_marks(runs):
     """To the whole group, loader workers included, as SLURM and torchrun send it."""
-    process = runs.start(f"by-{name}", data__workers=2, start_new_session=True, **ENDLESS)
-    folder = runs.folder(f"by-{name}")
+    folder = runs.folder("by-signal")
+    process = runs.start("by-signal", data__workers=2, start_new_session=True, **ENDLESS)
     wait_for(lambda: steps_done(folder) >= 2, process)
-    os.killpg(process.pid, getattr(signal, name))
+    os.killpg(process.pid, signal.SIGUSR2)
     marker = stopped(folder, process)
-    assert marker["reason"] == name
-    assert marker["step"] == steps_done(folder)
+    assert marker == {"step": steps_done(folder), "reason": "SIGUSR2"}
+
+
+def test_the_file_stop_stops_all_ranks_at_the_same_step(runs):
+    folder = runs.folder("by-file")
+    ranks = start_ranks(runs.command("by-file", data__workers=0, **ENDLESS), 2, runs.environment())
+    wait_for(lambda: steps_done(folder) >= 2, ranks[0])
+    (folder / "STOP").touch()
+    marker = stopped(folder, *ranks)
+    assert marker == {"step": steps_done(folder), "reason": "file STOP"}
+
+
+def test_an_evaluation_is_broken_off_and_made_up_for(runs):
+    folder, settings = runs.folder("evaluating"), {"model__prior": "false", "data__workers": 0, "train__steps": 1}
+    process = runs.start("evaluating", eval__per_tier=2000, **settings)
+    wait_for(lambda: "health: " in text(folder / "log.txt"), process)
+    time.sleep(0.5)  # into the evaluation before the first step, of 20,000 pairs
+    process.send_signal(signal.SIGTERM)
+    assert stopped(folder, process) == {"step": 0, "reason": "SIGTERM"}
+    assert text(folder / "metrics.jsonl") == ""
+    (folder / "STOP").touch()  # left over: a starting run does not stop at it
+    runs.run("evaluating", "--resume", "auto", **settings)
+    assert [record["step"] for record in runs.records("evaluating") if "tiers" in record] == [0, 1]
+    assert not (folder / "STOP").exists()
+    assert not (folder / "STOPPED").exists()
+
+
+def test_a_signal_before_training_ends_cleanly(runs):
+    folder = runs.folder("starting")
+    process = runs.start("starting", data__workers=0, **ENDLESS)
+    wait_for(lambda: "training data" in text(folder / "log.txt"), process)
+    process.send_signal(signal.SIGUSR1)
+    assert stopped(folder, process, saved=False)["reason"] == "SIGUSR1"
+
+
+def test_every_reason_reaches_all_ranks_and_the_first_counts():
+    for number, name in [(getattr(signal, name), name) for name in REASONS[:4]]:
+        one, other = StopRequest(), StopRequest()
+        for stop in (one, other):
+            stop.begin(0)
+        other._on_signal(number, None)
+        sums = [a + b for a, b in zip(one.flags(), other.flags(), strict=True)]
+        for stop in (one, other):
+            assert stop.agreed is None
+            stop.take(sums)
+            assert stop.agreed == name
+            stop.take([1.0] * len(REASONS))
+            assert stop.agreed == name
+
+
+def test_before_training_a_signal_interrupts():
+    stop = StopRequest()
+    with pytest.raises(KeyboardInterrupt):
+        stop._on_signal(signal.SIGINT, None)
+    with pytest.raises(StoppedEarlyError, match="SIGTERM"):
+        stop._on_signal(signal.SIGTERM, None)
+
+
+def test_a_second_ctrl_c_interrupts_but_not_the_echo_of_the_first(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("train.signals.time.monotonic", lambda: now[0])
+    stop = StopRequest()
+    stop.begin(0)
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):  # a launcher passes it on at once
+        stop._on_signal(number, None)
+        now[0] += 0.1
+    now[0] += 2
+    stop._on_signal(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop._on_signal(signal.SIGINT, None)
+
+
+def test_the_file_is_looked_for_in_the_claimed_folder_alone_and_not_too_often(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("train.signals.time.monotonic", lambda: now[0])
+    for name in ("STOP", "STOPPED"):
+        (tmp_path / name).touch()
+    stop = StopRequest()
+    stop.claim(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert not any(stop.flags())
+    (tmp_path / "STOP").touch()
+    assert not any(stop.flags())
+    assert not any(StopRequest().flags())
+    now[0] = 1.5
+    assert any(stop.flags())
+
+
+DEAF = """
+import ctypes, sys
+from train import signals
+
+signals.DEAF_S = 0.5
+stop = signals.StopRequest()
+stop.install()
+if sys.argv[1] == "training":
+    stop.begin(0)
+mutex = ctypes.create_string_buffer(64)
+lock = ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+print("blocked", flush=True)
+lock(mutex)  # as a collective that waits for another rank: Python's handlers are not called
+"""
+
+
+@pytest.mark.parametrize(("when", "presses"), [("before", 1), ("training", 2)])
+def test_ctrl_c_ends_a_process_that_is_blocked_below_python(when, presses):
+    process = subprocess.Popen([sys.executable, "-c", DEAF, when], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "blocked\n"
+    for _ in range(presses):
+        time.sleep(1.5)  # into the call; and a second press, not an echo of the first
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    process.stdout.close()
