@@ -53,9 +53,10 @@ launch() {
         --num_cpu_threads_per_process "${OMP_NUM_THREADS:-1}"
     )
     # What an interactive session or another launcher left behind must not reach the ranks.
-    unset "${!ACCELERATE_@}" RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
-    # The ranks answer signals themselves; a launcher that hears one would kill them before their checkpoint.
-    export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
+    unset "${!ACCELERATE_@}" "${!PET_@}" RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+    # The ranks answer signals themselves. A launcher that hears one fails although they end in good order, and after half
+    # a minute kills them in their checkpoint. (torchrun takes its options from PET_*; accelerate does not know this one.)
+    export PET_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
     trap '' USR1 USR2 TERM INT
     echo "== node $SLURM_NODEID $SLURMD_NODENAME, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T')"
     local status=0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import random
 import re
 import shutil
 import socket
@@ -25,6 +26,7 @@ SETTINGS = """\
 ClusterName=sharpprior
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
 # Every process is this user's, on this machine: nobody to authenticate.
@@ -102,7 +104,7 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         self.conf.write_text(
             SETTINGS.format(
-                host=host, port=control, user=getpass.getuser(), folder=folder,
+                host=host, port=control, first_job=_first_job(), user=getpass.getuser(), folder=folder,
                 node_timeout=node_timeout, kill_wait=kill_wait,
                 nodes="\n".join(
                     f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
@@ -224,6 +226,19 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def _first_job() -> int:
+    """Number of the first job: the script's ports follow from it, and another cluster may run on this machine."""
+    while True:
+        first = random.SystemRandom().randrange(15000, 29900)
+        try:
+            for port in range(first, first + 50):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first  # the script's port is 15000 + number mod 15000: the number itself
 
 
 def environment_of(process: psutil.Process) -> dict[str, str]:
