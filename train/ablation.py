@@ -51,24 +51,28 @@ def main(arguments: list[str]) -> None:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: per way, each level's similarity of the prior on the validation pairs, mean ± sample standard deviation
-    over the seeds; last, that of the untouched teacher on the blurry image. results: last evaluations by way."""
+    """Markdown: per way, each level's similarity of the prior on the validation pairs, and in brackets by how much it is
+    above the untouched teacher's on the blurry image in the same run, mean ± sample standard deviation over the seeds.
+    results: last evaluations by way."""
     some = next(iter(results.values()))
-    levels = len(some[0]["similarity"])
-    heads = [f"level {level + 1}, stride {4 * 2**level}" for level in range(levels)]
-    lines = ["| way | seeds | " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * levels]
-    for way, evaluations in results.items():
-        lines.append(_row(way, [each["similarity"] for each in evaluations]))
-    lines.append(_row("teacher on the blurry image", [each["blurry_similarity"] for each in some]))
+    levels = range(len(some[0]["similarity"]))
+    heads = [f"level {level + 1}, stride {4 * 2**level}" for level in levels]
+    lines = ["| way | seeds | " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(levels)]
+    for way, runs in results.items():
+        cells = []
+        for level in levels:
+            prior, blurry = ([run[name][level] for run in runs] for name in ("similarity", "blurry_similarity"))
+            above = _mean([a - b for a, b in zip(prior, blurry, strict=True)], sign="+")
+            cells.append(f"{_mean(prior)} ({above})")
+        lines.append(f"| {way} | {len(runs)} | " + " | ".join(cells) + " |")
+    blurry = [_mean([run["blurry_similarity"][level] for run in some]) for level in levels]
+    lines.append(f"| teacher on the blurry image | {len(some)} | " + " | ".join(blurry) + " |")
     return "\n".join(lines)
 
 
-def _row(name: str, values: list[list[float]]) -> str:
-    cells = []
-    for level in zip(*values, strict=True):
-        spread = f" ± {statistics.stdev(level):.3f}" if len(level) > 1 else ""
-        cells.append(f"{statistics.mean(level):.3f}{spread}")
-    return f"| {name} | {len(values)} | " + " | ".join(cells) + " |"
+def _mean(values: list[float], sign: str = "") -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.3f}{spread}"
 
 
 def _result(path: str, settings: list[str]) -> dict:

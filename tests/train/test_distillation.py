@@ -166,8 +166,8 @@ def test_the_ablation_s_table_is_the_mean_and_spread_over_seeds():
 
     lines = table({"cross-level": ends(0.2, 0.3, 0.4), "same-level": ends(0.25)}).splitlines()
     assert lines[0] == "| way | seeds | level 1, stride 4 | level 2, stride 8 |"
-    assert lines[2] == "| cross-level | 3 | 0.300 ± 0.100 | 0.600 ± 0.200 |"
-    assert lines[3] == "| same-level | 1 | 0.250 | 0.500 |"
+    assert lines[2] == "| cross-level | 3 | 0.300 ± 0.100 (+0.200 ± 0.100) | 0.600 ± 0.200 (+0.400 ± 0.200) |"
+    assert lines[3] == "| same-level | 1 | 0.250 (+0.150) | 0.500 (+0.300) |"
     assert lines[4] == "| teacher on the blurry image | 3 | 0.100 ± 0.000 | 0.200 ± 0.000 |"
 
 
@@ -181,7 +181,7 @@ def test_the_ablation_takes_finished_runs_and_refuses_others(runs, vit_run, tmp_
     ablation.main(command)
     last = [record for record in runs.records(vit_run) if "tiers" in record][-1]
     said = capsys.readouterr().out
-    assert f"| cross-level | 1 | {last['similarity'][0]:.3f} |" in said
+    assert f"| cross-level | 1 | {last['similarity'][0]:.3f} (" in said
     assert (root / "ablation.md").read_text() == said
     with pytest.raises(ValueError, match="holds a run with other settings: choose another --root"):
         ablation.main([*command, "--set", "loss.context=0.3"])
