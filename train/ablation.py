@@ -51,8 +51,9 @@ def main(arguments: list[str]) -> None:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: per way, each level's similarity of the prior on the validation pairs, and in brackets by how much it is
-    above the untouched teacher's on the blurry image in the same run, mean ± sample standard deviation over the seeds.
+    """Markdown: per way, each level's similarity of the prior on the validation pairs, and in brackets by how much it
+    is above the untouched teacher's on the blurry image in the same run, mean ± sample standard deviation over the
+    seeds.
     results: last evaluations by way."""
     some = next(iter(results.values()))
     levels = range(len(some[0]["similarity"]))
