@@ -4,12 +4,14 @@ import os
 import random
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import data.feature_segments as segments
 from data.feature_cache import CacheSpec, FeatureCache, crop_key, dequantise, quantise
 from data.feature_folders import verify
 from data.feature_segments import ENTRY_BYTES, SegmentWriter, stems
@@ -152,6 +154,12 @@ def test_an_entry_that_is_being_written_is_waited_for(tmp_path):
     reader.segments.refresh()
     assert reader.get(key) is not None
     writer.close()
+
+
+def test_checksums_are_zlibs_whichever_library_computes_them():
+    for size in (0, 1, 63, 64, 65, 4096, 100_001):
+        data = np.arange(size, dtype=np.uint32).astype(np.uint8)
+        assert segments.crc32(data, 12345) == zlib.crc32(data, 12345)
 
 
 # -- killed writers ---------------------------------------------------------------------------------------------------
