@@ -10,8 +10,11 @@ import numpy as np
 import torch
 
 from data.blur import TIERS
+from data.shards import ShardSet
 from train.metrics import bootstrap_mean_interval, psnr, ssim, to_uint8
 
+VALIDATION_SEED = 0  # the validation list is the same for every training seed
+PANEL_TIERS = ("severe", "extreme", "moderate")
 SEVERE = ("severe", "extreme")
 PSNR_CAP = 60.0  # dB; equal pictures have infinite PSNR, which has no mean
 INTERVAL_LEVEL = 0.95
@@ -177,6 +180,16 @@ def merge(parts: Sequence[Evaluation]) -> Evaluation:
     whole.scores.sort(key=_place)
     whole.pictures.sort(key=lambda picture: _place(picture[0]))
     return whole
+
+
+def panel_numbers(rows: int, shards: ShardSet, crops: int) -> set[int]:
+    """Places in the validation list of a panel's rows: spread over the photographs, chosen by position alone."""
+    tiers = 1 if shards.kind == "pairs" else len(TIERS)
+    numbers = set()
+    for row in range(rows):
+        tier = TIERS.index(PANEL_TIERS[row % len(PANEL_TIERS)]) if tiers > 1 else 0
+        numbers.add((row * len(shards) // rows) * crops * tiers + tier)
+    return numbers
 
 
 def _place(score: Score) -> tuple[str, str, float]:

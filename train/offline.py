@@ -12,11 +12,10 @@ from rich.progress import Progress
 
 from data.blur import TIERS
 from data.loader import validation_count, validation_pairs
-from train.evaluate import evaluate_pairs
+from train.evaluate import VALIDATION_SEED, evaluate_pairs, panel_numbers
 from train.report import draw_panel, tier_lines, write_report
 from train.run_folder import git_commit
 from train.saved import describe, load_model, loss_state
-from train.session import VALIDATION_SEED, panel_numbers
 from train.sources import data_sources, open_set
 from train.task import DeblurTask
 

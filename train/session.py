@@ -7,7 +7,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from rich.console import Console
 
 from data.blur import TIERS
 from data.loader import validation_count, validation_pairs
-from data.shards import ShardSet
 from model.deblurrer import Deblurrer
 from model.pretrained import load_pretrained
 from train.checkpoint import Checkpoints, RunState, read_state
 from train.config import Config
 from train.engine import Engine
-from train.evaluate import evaluate_pairs, merge
+from train.evaluate import VALIDATION_SEED, evaluate_pairs, merge, panel_numbers
 from train.heartbeat import beat
 from train.loop import StepResult
 from train.master_ema import averages_of
@@ -30,18 +28,16 @@ from train.progress import TrainingProgress
 from train.ranks import rank_lines
 from train.report import draw_curve, draw_panel, draw_similarity, tier_lines, write_report
 from train.resume import check_fits, divided_anew, find_checkpoint
+from train.run_facts import run_facts, run_notes
 from train.run_folder import RunFolder, config_digest, git_commit, log, start_logging
 from train.saved import model_folder
-from train.shares import StepShares, mean_shares
+from train.shares import StepShares
 from train.signals import StopRequest
 from train.sources import data_sources, digest_of, open_sets, pair_loader, with_resolved_data
-from train.task import DeblurTask, build_model, teacher_names, trainable
+from train.task import DeblurTask, build_model, trainable
 from train.traces import Traces
 from train.upload import Copier, far_folder
 from train.watchdog import Watchdog, watch
-
-VALIDATION_SEED = 0  # the validation list is the same for every training seed
-PANEL_TIERS = ("severe", "extreme", "moderate")
 
 
 class Session:
@@ -94,7 +90,8 @@ class Session:
             trainable(engine.module), engine.world, engine.device.type, config.engine.zero, config.engine.precision,
         )  # fmt: skip
         self.step, self.gain, self.evaluation = 0, None, None
-        self._saved: int | None = None
+        self._saved: int | None = None  # steps of the newest checkpoint and evaluation
+        self._evaluated: int | None = None
         if checkpoint is not None:
             self.task.load_state_dict(self.checkpoints.restore(checkpoint, engine, self.ema))
             self.step = read_state(checkpoint).step
@@ -257,7 +254,7 @@ class Session:
                 on_forward=self._go_on,
             )
         evaluation = merge(engine.gather(part))
-        self.gain, self.evaluation = evaluation.severe_gain(), evaluation
+        self.gain, self.evaluation, self._evaluated = evaluation.severe_gain(), evaluation, step
         if engine.main:
             self.folder.append_metrics({"step": step, **_finite(evaluation.record())})
             for row in evaluation.tiers():
@@ -278,7 +275,6 @@ class Session:
     def save(self, step: int) -> Path:
         """Write a checkpoint of the step just done."""
         beat("save")
-        fresh = self.evaluation is not None and self._evaluated_at(step)
         self._share_batch_norm()
         state = RunState(
             step=step,
@@ -290,7 +286,7 @@ class Session:
             index_digest=digest_of(self.train_sets),
             val_digest=self.val_set.digest,
             git_commit=self._commit,
-            gain=self.gain if fresh else None,
+            gain=self.gain if self._evaluated == step else None,
         )
         path = self.checkpoints.save(self.engine, self.ema, state, self.config, self.task.state_dict())
         log.info("checkpoint %s", path)
@@ -340,41 +336,13 @@ class Session:
             self.folder.path / "report.md",
             self.evaluation,
             title=f"Run {self.config.run.name}",
-            facts=self._facts(records),
+            facts=run_facts(self.config, self.engine, records, self.sources, self._commit),
             before=first.get("similarity", []),
-            notes=self._notes(records),
+            notes=run_notes(self.config, records),
         )
         for line in tier_lines(self.evaluation):
             log.info(line)
         log.info("report: %s  pictures: %s", self.folder.path / "report.md", self.folder.path / "panel.png")
-
-    def _facts(self, records: list[dict]) -> dict[str, str]:
-        config = self.config
-        return {
-            **self.sources,
-            "model": f"{config.model.backbone['name']} with "
-            + (f"the prior of {teacher_names(config)}" if config.model.prior else "no prior")
-            + f", {trainable(self.engine.module):,} trained parameters",
-            "steps": f"{config.train.steps} of {config.train.batch} pairs, {config.data.crop} px crops"
-            + (f"; the first {config.train.distill_steps} distill" if config.train.distill_steps else ""),
-            "seconds in steps": f"{_seconds(records):.0f}",
-            "share of a step": "; ".join(f"{name} {share:.0%}" for name, share in mean_shares(records).items())
-            + " (parts: forward passes; rest: backward and update)",
-            "machine": f"{self.engine.world} ranks on {self.engine.device.type}, ZeRO {config.engine.zero}, "
-            f"{config.engine.precision}",
-            "blur": f"preset {config.blur.preset}; validation crops of {config.eval.crop} px",
-            "commit": self._commit or "not in git",
-        }
-
-    def _notes(self, records: list[dict]) -> list[str]:
-        pairs = self.config.train.steps * self.config.train.batch
-        if pairs >= 1_000_000:
-            return []
-        return [
-            "",
-            f"This run saw {pairs:,} pairs in {_seconds(records) / 60:.1f} minutes of training. So little buys a small "
-            "gain, about a tenth of a dB; the networks of the literature see millions of crops, for days on GPUs.",
-        ]
 
     # -- opening and closing ------------------------------------------------------------------------------------------
 
@@ -417,23 +385,6 @@ class Session:
 
 class StopAgreedError(Exception):
     """The ranks agreed to stop during an evaluation."""
-
-
-def panel_numbers(rows: int, shards: ShardSet, crops: int) -> set[int]:
-    """Places in the validation list of a panel's rows: spread over the photographs, chosen by position alone."""
-    tiers = 1 if shards.kind == "pairs" else len(TIERS)
-    numbers = set()
-    for row in range(rows):
-        tier = TIERS.index(PANEL_TIERS[row % len(PANEL_TIERS)]) if tiers > 1 else 0
-        numbers.add((row * len(shards) // rows) * crops * tiers + tier)
-    return numbers
-
-
-def _seconds(records: list[dict]) -> float:
-    """Seconds in steps, from the log: exact where every step is logged, else scaled up from those that are."""
-    timed = [(record["step"], record["seconds"]) for record in records if "seconds" in record]
-    gaps = [timed[0][0], *(b - a for (a, _), (b, _) in pairwise(timed))] if timed else []
-    return sum(seconds * gap for (_, seconds), gap in zip(timed, gaps, strict=True))
 
 
 def _finite(value: Any) -> Any:
