@@ -10,46 +10,50 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from train.config import Config
-
-# Copies of the trained parameters in fp32 elements, as DeepSpeed holds them: (parameters, gradients, optimizer states,
-# averages); `True` where the stage divides them among the ranks. ZeRO keeps a fp32 master copy beside the parameters.
-_DIVIDED = {
-    0: (False, False, False, False),
-    1: (False, False, True, False),
-    2: (False, True, True, False),
-    3: (True, True, True, True),
-}
+from train.network import recompute_blocks
+from train.precision import COMPUTE, SIXTEEN_BIT_PARAMETERS, use_sixteen_bit_parameters
 
 
 def memory_per_rank(config: Config, network: nn.Module, world: int, micro: int) -> dict[str, float]:
-    """Bytes by purpose for a network (on any device, meta too), and their sum. The allocator's slack, kernels' scratch
-    space and communication buffers come on top."""
+    """Bytes by purpose for a network (on any device, meta too), and their sum on the device. What lies in host memory
+    says so. The allocator's slack, kernels' scratch space, communication buffers and the parameters that ZeRO 3 gathers
+    for a while come on top."""
+    engine = config.engine
     count = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    parameters, gradients, states, averages = (world if divided else 1 for divided in _DIVIDED[config.engine.zero])
-    master = 1 if config.engine.zero else 0
-    host = config.engine.offload == "cpu"
-    sizes = {
-        "parameters": 4 * count / parameters,
-        "gradients": 4 * count / gradients,
-        "AdamW's moments" + (", fp32 master" if master else "") + (" (in host memory)" if host else ""): (
-            8 + 4 * master
-        )
-        * count
-        / states,
-        "averaged weights": 4 * count / averages,
-        "activations": activation_bytes(config, network, micro),
-    }
-    on_device = sum(size for name, size in sizes.items() if "host memory" not in name)
-    return {**sizes, "sum on the device": on_device}
+    sixteen = engine.precision in SIXTEEN_BIT_PARAMETERS
+    parameter = 2 if sixteen else 4
+    # ZeRO 2 and 3 add up gradients in fp32, in the rank's own part; before that in the parameters' type.
+    gradient = 4 if engine.zero >= 2 else parameter
+    state = 12 if engine.zero else 8  # Adam's two moments, and ZeRO's fp32 master copy
+    host, host_parameters = engine.offload == "cpu", engine.offload_parameters == "cpu"
+
+    def part(size: int, divided: bool) -> float:
+        return size * count / (world if divided else 1)
+
+    entries = (
+        ("parameters", part(parameter, engine.zero == 3), host_parameters),
+        ("gradients", part(gradient, engine.zero >= 2), host and engine.zero >= 2),
+        ("AdamW's moments" + (", fp32 master" if engine.zero else ""), part(state, engine.zero >= 1), host),
+        # They lie where that lies which they are averages of: the master copy in 16-bit runs, else the parameters.
+        ("averaged weights", part(4, sixteen or engine.zero == 3), host if sixteen else host_parameters),
+        ("activations", float(activation_bytes(config, network, micro)), False),
+    )
+    sizes = {name + (" (in host memory)" if away else ""): size for name, size, away in entries}
+    return {**sizes, "sum on the device": sum(size for _, size, away in entries if not away)}
 
 
 def activation_bytes(config: Config, network: nn.Module, micro: int) -> int:
     """Bytes that autograd keeps for the backward pass of a micro-batch: every distinct storage saved in a forward pass
-    on fake tensors, parameters not counted."""
+    on fake tensors, parameters not counted. With `engine.checkpointing` that is the blocks' inputs and all outside of
+    blocks; while a block's backward pass runs, its inside comes on top."""
     saved: dict[int, tuple[int, torch.UntypedStorage]] = {}
-    bf16 = config.engine.precision == "bf16"
+    lower = COMPUTE.get(config.engine.precision)
+    sixteen = config.engine.precision in SIXTEEN_BIT_PARAMETERS
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        twin = _fake_copy(network, fake)
+        twin = _fake_copy(network, fake, lower if sixteen else None)
+        use_sixteen_bit_parameters(twin, config.engine, torch.device("cpu"))
+        if config.engine.checkpointing:
+            recompute_blocks(twin)
         own = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,18 +63,20 @@ def activation_bytes(config: Config, network: nn.Module, micro: int) -> int:
             return tensor
 
         image = torch.empty(micro, 3, config.data.crop, config.data.crop)
-        autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
+        autocast = torch.autocast("cpu", lower) if lower else contextlib.nullcontext()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
             out = twin(image)
         del out
     return sum(size for size, _ in saved.values())
 
 
-def _fake_copy(network: nn.Module, fake: FakeTensorMode) -> nn.Module:
-    """The structure with fake CPU tensors for weights: no memory, no reading."""
+def _fake_copy(network: nn.Module, fake: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
+    """The structure with fake CPU tensors for weights, its parameters in `dtype` (None: their own): no memory, no
+    reading."""
     memo: dict[int, torch.Tensor] = {}
     with fake:
         for tensor in (*network.parameters(), *network.buffers()):
-            twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+            parameter = isinstance(tensor, nn.Parameter)
+            twin = torch.empty(tensor.shape, dtype=(dtype if parameter else None) or tensor.dtype, device="cpu")
+            memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if parameter else twin
         return copy.deepcopy(network, memo)

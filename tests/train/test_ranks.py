@@ -1,8 +1,12 @@
 """Ranks, ZeRO stages, accumulation and precision change who computes, not what is learned."""
 
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from launchers import clean_environment, finish, start
+from matrix import COVERING, TOLERANCE, Cell, cells, difference, run, tiny_run
 from weights import assert_same_weights
 
 
@@ -44,13 +48,62 @@ def test_zero_3_on_two_ranks_resumes_bit_identically(runs, one_process):
     assert_same_weights(runs, "zero3again", "zero3", 6, tolerance=0)
 
 
-def test_accumulation_changes_nothing(runs, one_process):
-    runs.run("accumulated", train__steps=6, train__distill_steps=2, train__accumulation=2, checkpoint__every=3)
-    expected, found = runs.losses(one_process), runs.losses("accumulated")
-    for step in expected:
-        assert found[step] == pytest.approx(expected[step], abs=1e-4), step
+@pytest.fixture(scope="session")
+def references(runs, one_process, tmp_path_factory) -> tuple[dict, Path, list[str]]:
+    """Losses of one process by precision, a folder for the runs of the matrix, and their common arguments."""
+    root = tmp_path_factory.mktemp("matrix")
+    base = tiny_run(root)
+    bf16, _ = run(Cell("python", 0, "bf16", 1), root, base)
+    return {"fp32": runs.losses(one_process), "bf16": bf16}, root, base
 
 
-def test_bf16_autocast_trains(runs):
-    runs.run("bf16", train__steps=2, engine__precision="bf16", engine__zero=2, data__workers=0)
-    assert all(0 < loss < 2 for loss in runs.losses("bf16").values())
+@pytest.mark.parametrize("cell", COVERING, ids=lambda cell: cell.name)
+def test_launcher_stage_precision_and_accumulation_do_not_change_what_is_learned(references, cell):
+    losses, root, base = references
+    found, _ = run(cell, root, base)
+    assert difference(losses[cell.precision], found) <= TOLERANCE[cell.precision]
+
+
+def test_the_matrix_is_covered():
+    for name in ("launcher", "zero", "precision", "accumulation"):
+        every = {getattr(cell, name) for cell in cells()} - {"python"}
+        assert {getattr(cell, name) for cell in COVERING} == every
+    assert len(cells()) == len({cell.name for cell in cells()}) == 64
+
+
+POISON = """compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+mixed_precision: fp16
+use_cpu: true
+num_machines: 1
+num_processes: 1
+deepspeed_config:
+  zero_stage: 3
+  gradient_accumulation_steps: 4
+  gradient_clipping: 0.001
+  offload_optimizer_device: cpu
+dynamo_config:
+  dynamo_backend: INDUCTOR
+"""
+
+
+def test_a_users_own_accelerate_configuration_changes_nothing(runs, one_process, tmp_path):
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(POISON)
+    poisoned = clean_environment(
+        HF_HOME=str(tmp_path), ACCELERATE_USE_FSDP="true", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="3"
+    )
+    arguments = runs.command("poisoned", train__steps=6, train__distill_steps=2, checkpoint__every=3)[2:]
+    status, said = finish(start("accelerate", arguments, ranks=1, environment=poisoned))
+    assert status == 0, said[-3000:]
+    assert runs.losses("poisoned") == runs.losses(one_process)
+    assert "ZeRO 0, fp32" in " ".join(said.split())
+    assert "mixed_precision fp16 is not used: engine.precision decides" in " ".join(said.split())
+
+
+def test_a_run_starts_with_the_table_of_its_ranks(runs, one_process):
+    lines = (runs.folder(one_process) / "log.txt").read_text().splitlines()
+    head = next(number for number, line in enumerate(lines) if line.endswith("ranks:"))
+    assert lines[head + 1].split()[:3] == ["rank", "host", "local"]
+    assert lines[head + 2].split()[0] == "0"
+    assert torch.__version__ in lines[head + 2]
