@@ -79,8 +79,20 @@ bind=
 ! grep -qE '^TaskPlugin .*(affinity|cgroup)' <<<"$settings" || bind=--cpu-bind=none
 kill_wait=$(sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p' <<<"$settings")
 
+# A step gets only the GPUs it asks for by name, not those that --exclusive granted to its job.
+granted=${SLURM_GPUS_ON_NODE:-0}
+wanted=${GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE:-$granted}}
+wanted=${wanted##*:} # of TYPE:NUMBER
+unset SLURM_GPUS_PER_NODE
+gpu_options=()
+if [ "$granted" -gt 0 ]; then
+    [ "$wanted" -le "$granted" ] || fail "GPUS_PER_NODE=$wanted, but the job has $granted on a node: sbatch --gpus-per-node=$wanted"
+    gpu_options=(--gpus-per-node="$wanted")
+    [ "$wanted" -gt 0 ] || gpu_options=(--gres=none)
+fi
+
 step() { # srun with one task on each node of the job
-    srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 ${bind:+"$bind"} \
+    srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 ${bind:+"$bind"} "${gpu_options[@]}" \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${SRUN_OPTIONS[@]}" "$@"
 }
 

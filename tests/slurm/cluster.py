@@ -55,7 +55,8 @@ InactiveLimit=0
 ReturnToService=2
 MailProg=/bin/true
 SlurmdParameters=config_overrides
-NodeName=DEFAULT CPUs=2 RealMemory=4096 State=UNKNOWN
+GresTypes=gpu
+NodeName=DEFAULT Gres=gpu:2 CPUs=2 RealMemory=4096 State=UNKNOWN
 {nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -91,7 +92,7 @@ def missing() -> list[str]:
 
 
 class Cluster:
-    """`nodes` nodes n1, n2, … of two CPUs each. Use as a context manager."""
+    """`nodes` nodes n1, n2, … of two CPUs and two pretended GPUs each. Use as a context manager."""
 
     def __init__(self, folder: Path, nodes: int, *, node_timeout: int = 20, kill_wait: int = 2) -> None:
         self.folder = folder
@@ -100,6 +101,8 @@ class Cluster:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "state").mkdir()
         self.conf = folder / "slurm.conf"
+        # SLURM hands out two GPUs a node by their number; no program finds any behind them.
+        (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
         control, *ports = _free_ports(nodes + 1)
         host = socket.gethostname().split(".")[0]
         self.conf.write_text(

@@ -130,7 +130,8 @@ FAKE_PYTHON = """\
 import os, signal, sys, time
 node, run = int(os.environ["SLURM_NODEID"]), os.path.join(os.environ["RUN_ROOT"], os.environ["RUN_NAME"])
 if sys.argv[1] == "-":
-    print("node", node, os.environ["SLURMD_NODENAME"], 0, 1, "-", "no versions", sep="\\t")
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if "COUNT_GPUS" in os.environ else [""]
+    print("node", node, os.environ["SLURMD_NODENAME"], sum(map(bool, devices)), 1, "-", "no versions", sep="\\t")
     sys.exit()
 
 def stopped(reason):
@@ -139,6 +140,8 @@ def stopped(reason):
     sys.exit()
 
 restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+signal.signal(signal.SIGTERM, lambda *_: stopped("SIGTERM"))
+print("running", flush=True)
 exec(os.environ["TRAINING"])
 """
 
@@ -170,10 +173,10 @@ class Decisions(Jobs):
         paths = (self.root / "runs" / name / "slurm").glob("*.log")
         return {path.name.split(".")[1]: path.read_text() for path in sorted(paths)}
 
-    def until_running(self, name: str, number: int) -> None:
-        """Wait until both nodes are in their training."""
+    def until_running(self, name: str, nodes: int = 2) -> None:
+        """Wait until all nodes are in their training."""
         self.cluster.until(
-            lambda: self.cluster.job(number).state == "RUNNING" and len(self.logs(name)) == 2, 60, f"{name} to run"
+            lambda: sum("running" in text for text in self.logs(name).values()) == nodes, 60, f"{name} to run"
         )
 
 

@@ -97,7 +97,6 @@ def test_a_crash_is_not_requeued(jobs):
 
 # Ranks as the script knows them: a signal or the file STOP ends them in good order.
 OBEDIENT = """
-signal.signal(signal.SIGTERM, lambda *_: stopped("SIGTERM"))
 while not os.path.exists(run + "/STOP"):
     time.sleep(0.1)
 stopped("file STOP")
@@ -113,7 +112,7 @@ sys.exit(3)
 
 def test_a_preempted_job_comes_back_and_goes_on(decisions):
     number = decisions.submit("preempted", "if restart: sys.exit()\n" + OBEDIENT, "--nodes=3")
-    decisions.until_running("preempted", number)
+    decisions.until_running("preempted", 3)
     urgent = decisions.cluster.command(
         "sbatch", "--parsable", "--partition=urgent", "--output=/dev/null", "--nodes=3", "--exclusive", "--wrap=true"
     )
@@ -145,7 +144,7 @@ sys.exit(1)
 
 def test_a_dead_node_is_named_and_its_job_requeued_before_slurm_notices(decisions):
     number = decisions.submit("bereaved", ON_A_DYING_NODE)
-    decisions.until_running("bereaved", number)
+    decisions.until_running("bereaved")
     decisions.cluster.kill_node("n2")
     try:
         (decisions.root / "runs" / "bereaved" / "dead").touch()
@@ -160,7 +159,7 @@ def test_a_dead_node_is_named_and_its_job_requeued_before_slurm_notices(decision
 
 def test_a_stop_that_a_person_asked_for_is_not_requeued(decisions):
     number = decisions.submit("asked", OBEDIENT)
-    decisions.until_running("asked", number)
+    decisions.until_running("asked")
     (decisions.root / "runs" / "asked" / "STOP").touch()
     job = decisions.wait(number, "asked", "FAILED", seconds=60)
     assert (job.restarts, job.exit_code) == (0, "75:0")
@@ -170,7 +169,7 @@ def test_a_stop_that_a_person_asked_for_is_not_requeued(decisions):
 
 def test_a_cancelled_job_stays_cancelled(decisions):
     number = decisions.submit("cancelled", OBEDIENT)
-    decisions.until_running("cancelled", number)
+    decisions.until_running("cancelled")
     decisions.cluster.command("scancel", str(number))
     job = decisions.wait(number, "cancelled", "CANCELLED", seconds=60)
     decisions.cluster.until(lambda: "SLURM has ended this job" in decisions.said("cancelled"), 30, "the last word")
@@ -194,6 +193,22 @@ def test_the_script_submits_as_it_is_and_by_environment(decisions):
     assert "3 ranks, 1 a node" in decisions.said("bash")
 
 
+@pytest.mark.parametrize(
+    ("options", "environment", "ranks"),
+    [
+        ([], {}, "4 ranks, 2 a node"),
+        (["--gpus-per-node=1", "--oversubscribe"], {}, "2 ranks, 1 a node"),
+        ([], {"GPUS_PER_NODE": "1"}, "2 ranks, 1 a node"),
+        ([], {"GPUS_PER_NODE": "0", "PROCS_PER_NODE": "3"}, "6 ranks, 3 a node"),
+    ],
+)
+def test_every_gpu_of_a_node_gets_a_process_unless_fewer_are_wanted(decisions, options, environment, ranks):
+    name = f"gpus-{len(options)}-{len(environment)}-{ranks[0]}"
+    number = decisions.submit(name, "pass", *options, COUNT_GPUS="1", **environment)
+    decisions.wait(number, name, seconds=60)
+    assert ranks in decisions.said(name), decisions.said(name)
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_has_nothing_to_say():
     subprocess.run(["shellcheck", *sorted((ROOT / "slurm").glob("*.sh"))], check=True)
@@ -203,7 +218,7 @@ def test_shellcheck_has_nothing_to_say():
     ("environment", "told"),
     [
         ({"NODES": "5"}, "NODES=5, but the job has 2: sbatch --nodes=5"),
-        ({"GPUS_PER_NODE": "4"}, "GPUS_PER_NODE=4, but the nodes have n1:0 n2:0"),
+        ({"GPUS_PER_NODE": "4"}, "GPUS_PER_NODE=4, but the job has 2 on a node: sbatch --gpus-per-node=4"),
         ({"VENV": "/nowhere"}, "VENV=/nowhere is no virtual environment"),
         ({"SITE": "/nowhere.sh"}, "SITE=/nowhere.sh: cannot read it"),
         ({"CONFIG": "/nowhere.yaml"}, "/nowhere.yaml: cannot read this configuration"),
