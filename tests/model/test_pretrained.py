@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from model.deblurrer import build_deblurrer
-from model.pretrained import load_config, load_pretrained, load_state, save_pretrained
+from model.pretrained import SafetensorsWriter, load_config, load_pretrained, load_state, save_pretrained
 
 PLAIN = {"backbone": {"name": "unet", "width": 4, "blocks": [1, 1]}, "prior": False}
 WHOLE = {"backbone": {"name": "unet", "width": 8, "blocks": [1, 1, 1]}, "teacher_weights": "random", "fusion_width": 8}
@@ -73,3 +75,47 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write the model"):
         save_pretrained(tmp_path / "file" / "run", {}, {})
+
+
+def test_tensors_are_written_one_by_one_in_the_common_format(tmp_path):
+    tensors = {
+        "whole": torch.arange(6, dtype=torch.int64).view(2, 3),
+        "turned": torch.rand(4, 3).T,
+        "half": torch.rand(5).to(torch.bfloat16),
+        "one": torch.tensor(2.5),
+        "none": torch.empty(0, 4),
+        "flags": torch.tensor([True, False, True]),
+    }
+    layout = [(name, value.shape, value.dtype) for name, value in tensors.items()]
+    with SafetensorsWriter(tmp_path / "a.safetensors", layout, {"what": "ä"}) as file:
+        for value in tensors.values():
+            file.write(value)
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt", "what": "ä"}
+
+
+def test_a_file_that_is_not_finished_leaves_nothing(tmp_path):
+    layout = [("a", (2,), torch.float32), ("b", (2,), torch.float32)]
+
+    def write(value: torch.Tensor) -> None:
+        with SafetensorsWriter(tmp_path / "a.safetensors", layout) as file:
+            file.write(value)
+
+    with pytest.raises(ValueError, match="1 of 2 tensors"):
+        write(torch.ones(2))
+    with pytest.raises(ValueError, match="a: shape"):
+        write(torch.ones(3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_file_holds_its_configuration(tmp_path):
+    model = build_deblurrer(**PLAIN)
+    save_pretrained(tmp_path / "new" / "a.safetensors", model.state_dict(), {"text": "ä", "list": [1]})
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.safetensors"]
+    assert load_config(tmp_path / "new" / "a.safetensors") == {"text": "ä", "list": [1]}
+    load_pretrained(build_deblurrer(**PLAIN), tmp_path / "new" / "a.safetensors")

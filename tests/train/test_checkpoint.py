@@ -1,6 +1,8 @@
 """Checkpoints without a run: what is kept, what is refused, what a torn one looks like."""
 
 import contextlib
+import os
+import shutil
 import types
 
 import pytest
@@ -8,10 +10,10 @@ import torch
 from torch import nn
 
 from model.pretrained import SafetensorsWriter
-from train.checkpoint import CheckpointError, Checkpoints, RunState, damage
+from train.checkpoint import CheckpointError, Checkpoints, RunState, damage, read_state
 from train.config import Config
 from train.ema import Ema
-from train.universal import COUNTERS
+from train.universal import COUNTERS, read_state_into
 
 
 class OneProcess:
@@ -107,3 +109,70 @@ def test_a_damaged_best_is_replaced(made):
     (path / "run.json").write_text("{")
     save(made, 2, 0.1)
     assert made[0].best().name == "step-00000002"
+
+
+def test_what_a_kill_left_half_done_is_finished_or_removed(made):
+    for step in (1, 2, 3):
+        save(made, step)
+    folder = made[0].folder
+    os.rename(folder / "step-00000003", folder / "step-00000003.tmp")  # killed before its name
+    shutil.copytree(folder / "step-00000002", folder / "step-00000004.tmp")
+    (folder / "step-00000004.tmp" / "loss.pt").unlink()  # killed while writing
+    shutil.copytree(folder / "step-00000002", folder / "step-00000002.old")  # killed while replacing
+    (folder / "step-00000001.pruned").mkdir()  # killed while removing
+    made[0].tidy()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"latest", "step-00000002", "step-00000003"}
+    assert made[0].newest_whole() == (made[0].path(3), [])
+
+
+def test_the_only_checkpoint_survives_a_kill_while_it_is_saved_again(made, monkeypatch):
+    """A stop in an evaluation leaves a checkpoint that is saved again, with its gain, when the run goes on."""
+    save(made, 1)
+    real, died = os.rename, []
+
+    def die_after(*paths):
+        real(*paths)
+        died.append(paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", die_after)
+    with pytest.raises(KeyboardInterrupt):
+        save(made, 1, 0.5)
+    monkeypatch.setattr(os, "rename", real)
+    assert died
+    made[0].tidy()
+    path, _ = made[0].newest_whole()
+    assert path == made[0].path(1)
+    assert read_state(path).gain == 0.5
+
+
+def test_a_state_comes_back_bit_for_bit_whatever_the_order_in_memory(made):
+    module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    engine, ema = OneProcess(module), Ema(module, 0.5)
+    optimizer = engine.engine.optimizer
+    for _ in range(3):
+        module(torch.rand(1, 3, 4, 4)).sum().backward()
+        optimizer.step()
+        ema.update()
+    path = made[0].save(engine, ema, state(1), Config(), {})
+    other = OneProcess(nn.Conv2d(3, 4, 3))
+    average = Ema(other.module, 0.5)
+    read_state_into(path, other, average)
+    for name, parameter in module.named_parameters():
+        twin = dict(other.module.named_parameters())[name]
+        assert torch.equal(parameter, twin)
+        assert torch.equal(ema.averages[name], average.averages[name])
+        for key, value in optimizer.state[parameter].items():
+            assert torch.equal(value, other.engine.optimizer.state[twin][key]), key
+    assert average.updates == 3
+
+
+def test_the_state_of_another_model_is_refused(made):
+    path = save(made, 1)
+    for module in (nn.Linear(2, 3), nn.Linear(2, 2, bias=False), nn.Sequential(nn.Linear(2, 2))):
+        with pytest.raises(ValueError, match=r"state of another model.*--?init"):
+            read_state_into(path, OneProcess(module), Ema(module, 0.0))
+    (path / "state" / "rank-00000.safetensors").unlink()
+    with pytest.raises(ValueError, match="no state of a training run"):
+        read_state_into(path, made[1], made[2])
