@@ -43,6 +43,7 @@ FORMAT, VERSION = "sharpprior-features", 1
 META = "meta.json"
 _LOOK_AGAIN_S = 0.5  # between looks at what others have appended
 _PROBE_BATCH = 16
+_MEMORY_BYTES_PER_S = 1e9  # slower than this, records come from a disk
 
 
 def crop_key(image: str, box: tuple[int, int, int], flip: bool) -> bytes:
@@ -237,6 +238,7 @@ class FeatureReader:
     def _reset(self) -> None:
         self._layout, self.stats, self._looked = self.spec.layout, ReadStats(), -math.inf
         self.segments, self._process = SegmentReader(self.folder, self._layout), os.getpid()
+        self._from_disk = True
 
     def __getstate__(self) -> dict:
         return {"folder": self.folder, "spec": self.spec}
@@ -274,10 +276,13 @@ class FeatureReader:
         started = time.perf_counter()
         self._look_for_new(keys)
         known = [key in self.segments for key in keys]
-        if sum(known) > 1:
+        reading = time.perf_counter()
+        if self._from_disk and sum(known) > 1:
             self.segments.ask_for(key for key, there in zip(keys, known, strict=True) if there)
         levels, hits = self._read_known(keys, known)
         found = sum(hits)
+        # Asking ahead lets a disk read a batch at once, but for records in memory it is a call for nothing.
+        self._from_disk = (time.perf_counter() - reading) * _MEMORY_BYTES_PER_S > found * self._layout.record_bytes
         self.stats.hits += found
         self.stats.misses += len(keys) - found
         self.stats.bytes += found * self._layout.record_bytes

@@ -145,6 +145,7 @@ def write_share(name: str, folder: Path, rank: int, barrier) -> None:
 
 
 def seconds_to_write(name: str, folder: Path) -> float:
+    """Seconds a record, of both writers together."""
     context = worker_context()
     barrier = context.Barrier(WRITERS + 1)
     writers = [context.Process(target=write_share, args=(name, folder, rank, barrier)) for rank in range(WRITERS)]
@@ -157,7 +158,7 @@ def seconds_to_write(name: str, folder: Path) -> float:
     for writer in writers:
         writer.join()
     os.sync()  # the next store must not wait for the pages of this one
-    return seconds
+    return seconds / RECORDS
 
 
 def drop_from_memory(folder: Path) -> None:
@@ -170,14 +171,17 @@ def drop_from_memory(folder: Path) -> None:
 
 
 def seconds_to_read(name: str, folder: Path, *, cold: bool) -> float:
-    """Seconds on the wall for all records from the disk, or CPU seconds for all of them from memory."""
+    """Seconds a record: on the wall for a quarter of them from the disk, of the CPU for all of them from memory.
+
+    A quarter: a cache is larger than memory, so what a store reads beyond a record must not count as read ahead.
+    """
     if cold:
         drop_from_memory(folder)
     store, keys = a_store(name, folder), all_keys()
-    order = np.random.Generator(np.random.Philox(3)).permutation(len(keys))
+    order = np.random.Generator(np.random.Philox(3)).permutation(len(keys))[: len(keys) // 4 if cold else len(keys)]
 
     def read_all() -> None:
-        for at in range(0, len(keys), BATCH):
+        for at in range(0, len(order), BATCH):
             levels = store.read([keys[n] for n in order[at : at + BATCH]])
         assert [level.shape for level in levels] == [(BATCH, *level) for level in LEVELS]
 
@@ -188,7 +192,7 @@ def seconds_to_read(name: str, folder: Path, *, cold: bool) -> float:
     read_all()
     seconds = clock() - started
     store.close()
-    return seconds
+    return seconds / len(order)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -206,16 +210,14 @@ def stores() -> list[str]:
 def report(benchmark, capsys, title: str, seconds: dict[str, list[float]]) -> None:
     """Print and record MB/s of fp16 features, ms a record, and ratios to ours."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    size = RECORDS * SPEC.layout.payload_bytes / 1e6
+    size = SPEC.layout.payload_bytes / 1e6
     rows = []
     for name, value in median.items():
         benchmark.extra_info[f"{name}_MB_per_s"] = round(size / value, 1)
         benchmark.extra_info[f"{name}_over_ours"] = round(value / median["ours"], 2)
-        rows.append(
-            f"{name} {value / RECORDS * 1e3:.3f} ms, {size / value:.0f} MB/s, {value / median['ours']:.2f}× ours'"
-        )
+        rows.append(f"{name} {value * 1e3:.3f} ms, {size / value:.0f} MB/s, {value / median['ours']:.2f}× ours'")
     with capsys.disabled():
-        print(f"\n{title}, a record of {SPEC.layout.payload_bytes / 1e3:.0f} kB (seconds relative to ours):")
+        print(f"\n{title}, a record of {SPEC.layout.payload_bytes / 1e3:.0f} kB (times relative to ours):")
         print("\n".join(f"  {row}" for row in rows))
         for name, package in PEERS.items():
             if name not in median:
@@ -227,13 +229,15 @@ def test_writes_of_two_processes_and_random_reads(benchmark, tmp_path, capsys):
     writes = {name: [] for name in stores()}
     warm, cold = ({name: [] for name in writes} for _ in range(2))
     for number in range(ROUNDS):
-        for name in writes:
+        names = list(writes)
+        for name in names[number:] + names[:number]:  # none is always the first, after a round's clearing up
             folder = tmp_path / f"{name}{number}"
             folder.mkdir()
             writes[name].append(seconds_to_write(name, folder))
             warm[name].append(seconds_to_read(name, folder, cold=False))
             cold[name].append(seconds_to_read(name, folder, cold=True))
             shutil.rmtree(folder)
+            os.sync()
     for title, seconds in (("writes, 2 processes", writes), ("reads, warm (CPU)", warm), ("reads, cold", cold)):
         report(benchmark, capsys, title, seconds)
     with contextlib.closing(Ours(tmp_path / "row")) as store:
