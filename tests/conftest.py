@@ -6,7 +6,17 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 # Files that take minutes go first, so that they do not run alone at the end of a parallel run.
-SLOW = ("test_ranks", "test_lanes", "test_runs", "test_bad_input", "test_cli", "test_prepare", "test_loader")
+SLOW = (
+    "test_ranks",
+    "test_universal",
+    "test_lanes",
+    "test_runs",
+    "test_kills",
+    "test_bad_input",
+    "test_cli",
+    "test_prepare",
+    "test_loader",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

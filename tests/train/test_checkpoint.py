@@ -176,3 +176,21 @@ def test_the_state_of_another_model_is_refused(made):
     (path / "state" / "rank-00000.safetensors").unlink()
     with pytest.raises(ValueError, match="no state of a training run"):
         read_state_into(path, made[1], made[2])
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_nothing_torn_and_brings_nothing_back(made, monkeypatch):
+    for step in (1, 2):
+        save(made, step)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        made[0].keep = 1
+        with pytest.raises(KeyboardInterrupt):
+            made[0].prune(2)
+    assert made[0].steps() == [2]
+    made[0].tidy()
+    assert made[0].steps() == [2]
+    assert {path.name for path in made[0].folder.iterdir()} == {"latest", "step-00000002"}
