@@ -91,8 +91,8 @@ if [ "$granted" -gt 0 ]; then
     [ "$wanted" -gt 0 ] || gpu_options=(--gres=none)
 fi
 
-step() { # srun with one task on each node of the job
-    srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 ${bind:+"$bind"} "${gpu_options[@]}" \
+step() { # becomes srun with one task on each node of the job; call it in a subshell
+    exec srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 ${bind:+"$bind"} "${gpu_options[@]}" \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${SRUN_OPTIONS[@]}" "$@"
 }
 
@@ -171,10 +171,10 @@ while kill -0 "$srun" 2>/dev/null; do
         kill -KILL "$srun"
     fi
     sleep 1 &
-    wait $! || true
+    wait $! 2>/dev/null || true
 done
 status=0
-wait "$srun" || status=$(($? & 255)) # bash says -1 where a trap ran meanwhile
+wait "$srun" 2>/dev/null || status=$(($? & 255)) # bash says -1 where a trap ran meanwhile
 rm -f "$run/STOP"
 
 # -- and then -----------------------------------------------------------------------------------------------------------

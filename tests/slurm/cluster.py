@@ -55,8 +55,7 @@ InactiveLimit=0
 ReturnToService=2
 MailProg=/bin/true
 SlurmdParameters=config_overrides
-GresTypes=gpu
-NodeName=DEFAULT Gres=gpu:2 CPUs=2 RealMemory=4096 State=UNKNOWN
+{gres} CPUs=2 RealMemory=4096 State=UNKNOWN
 {nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -92,22 +91,26 @@ def missing() -> list[str]:
 
 
 class Cluster:
-    """`nodes` nodes n1, n2, … of two CPUs and two pretended GPUs each. Use as a context manager."""
+    """`nodes` nodes n1, n2, … of two CPUs and `gpus` pretended GPUs each. Use as a context manager."""
 
-    def __init__(self, folder: Path, nodes: int, *, node_timeout: int = 20, kill_wait: int = 2) -> None:
+    def __init__(self, folder: Path, nodes: int, *, gpus: int = 0, node_timeout: int = 20, kill_wait: int = 2) -> None:
         self.folder = folder
         self.nodes = [f"n{number + 1}" for number in range(nodes)]
         self._processes: dict[str, subprocess.Popen] = {}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "state").mkdir()
         self.conf = folder / "slurm.conf"
-        # SLURM hands out two GPUs a node by their number; no program finds any behind them.
-        (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
+        # SLURM hands out GPUs by their number; no program finds any behind these files.
+        gres = f"GresTypes=gpu\nNodeName=DEFAULT Gres=gpu:{gpus}" if gpus else "NodeName=DEFAULT"
+        devices = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random"][:gpus]
+        if gpus:
+            (folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in devices))
         control, *ports = _free_ports(nodes + 1)
         host = socket.gethostname().split(".")[0]
         self.conf.write_text(
             SETTINGS.format(
-                host=host, port=control, first_job=_first_job(), user=getpass.getuser(), folder=folder,
+                host=host, port=control, first_job=_first_job(), gres=gres,
+                user=getpass.getuser(), folder=folder,
                 node_timeout=node_timeout, kill_wait=kill_wait,
                 nodes="\n".join(
                     f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"

@@ -202,11 +202,17 @@ def test_the_script_submits_as_it_is_and_by_environment(decisions):
         ([], {"GPUS_PER_NODE": "0", "PROCS_PER_NODE": "3"}, "6 ranks, 3 a node"),
     ],
 )
-def test_every_gpu_of_a_node_gets_a_process_unless_fewer_are_wanted(decisions, options, environment, ranks):
+def test_every_gpu_of_a_node_gets_a_process_unless_fewer_are_wanted(gpu_decisions, options, environment, ranks):
     name = f"gpus-{len(options)}-{len(environment)}-{ranks[0]}"
-    number = decisions.submit(name, "pass", *options, COUNT_GPUS="1", **environment)
-    decisions.wait(number, name, seconds=60)
-    assert ranks in decisions.said(name), decisions.said(name)
+    number = gpu_decisions.submit(name, "pass", *options, COUNT_GPUS="1", **environment)
+    gpu_decisions.wait(number, name, seconds=60)
+    assert ranks in gpu_decisions.said(name), gpu_decisions.said(name)
+
+
+def test_more_gpus_than_the_job_has_are_refused(gpu_decisions):
+    number = gpu_decisions.submit("greedy", "pass", GPUS_PER_NODE="4")
+    gpu_decisions.wait(number, "greedy", "FAILED", seconds=60)
+    assert "GPUS_PER_NODE=4, but the job has 2 on a node: sbatch --gpus-per-node=4" in gpu_decisions.said("greedy")
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -218,7 +224,7 @@ def test_shellcheck_has_nothing_to_say():
     ("environment", "told"),
     [
         ({"NODES": "5"}, "NODES=5, but the job has 2: sbatch --nodes=5"),
-        ({"GPUS_PER_NODE": "4"}, "GPUS_PER_NODE=4, but the job has 2 on a node: sbatch --gpus-per-node=4"),
+        ({"GPUS_PER_NODE": "4"}, "GPUS_PER_NODE=4, but the nodes have n1:0 n2:0"),
         ({"VENV": "/nowhere"}, "VENV=/nowhere is no virtual environment"),
         ({"SITE": "/nowhere.sh"}, "SITE=/nowhere.sh: cannot read it"),
         ({"CONFIG": "/nowhere.yaml"}, "/nowhere.yaml: cannot read this configuration"),
