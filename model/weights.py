@@ -10,8 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import hf_hub_url, try_to_load_from_cache
-from huggingface_hub.constants import is_offline_mode
+from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 from timm.models import load_state_dict as read_weights
 from torch import nn
 
@@ -84,7 +83,7 @@ def _load_from_timm(net: nn.Module, name: str) -> None:
     cfg = net.pretrained_cfg
     overlay, where, url = _find_published(cfg)
     if overlay is None:
-        problem = "HF_HUB_OFFLINE is set" if is_offline_mode() else _unreachable(url)
+        problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(url)
         if problem is not None:
             raise ValueError(_absent(name, where, problem))
     try:
