@@ -256,8 +256,15 @@ def environment_of(process: psutil.Process) -> dict[str, str]:
 
 
 def is_ours(process: psutil.Process, conf: Path) -> bool:
-    """Whether a process belongs to the cluster: daemons and jobs all inherit the variable."""
-    return environment_of(process).get("SLURM_CONF") == str(conf)
+    """Whether a process belongs to the cluster: daemons and jobs inherit the variable, but a step daemon writes its
+    title over it; that one listens in the cluster's folder."""
+    if environment_of(process).get("SLURM_CONF") == str(conf):
+        return True
+    with contextlib.suppress(psutil.Error, OSError):
+        if process.name().startswith("slurmstepd"):
+            sockets = getattr(process, "net_connections", process.connections)("unix")
+            return any(str(each.laddr).startswith(f"{conf.parent}/") for each in sockets)
+    return False
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
