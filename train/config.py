@@ -163,7 +163,8 @@ class FeatureSection(Section):
     dtype: Literal["fp16", "int8"] = "fp16"
     """Stored form: fp16, or int8 with one scale a channel."""
     limit_gib: float = Field(default=64.0, gt=0)
-    """Size above which the oldest segments go, GiB."""
+    """Size at which writing stops, GiB; what is cached by then stays of use. Room for the whole plan of crops: photographs
+    × data.boxes_per_photo × bytes of a crop (`sharpprior plan` says them)."""
     check_every: int = Field(default=2000, ge=0)
     """Hits of a rank between recomputations of a cached crop, compared with what was read; 0: never."""
 

@@ -58,7 +58,9 @@ class TeacherFeatures:
             {"size": data.crop, "boxes": data.boxes_per_photo, "margin": data.margin, "seed": config.run.seed},
             settings.dtype,
         )
-        self.cache = FeatureCache(settings.folder or default_root(), spec, limit_bytes=int(settings.limit_gib * 2**30))
+        limit = int(settings.limit_gib * 2**30)
+        # Every box comes once a turn: without room for all, what is oldest would always be gone before it returns.
+        self.cache = FeatureCache(settings.folder or default_root(), spec, limit_bytes=limit, when_full="stop")
         self.writer = self.cache.writer(f"rank{self.rank}")
         self.attach = SwitchedAttach(self.cache.reader())
         self.tolerance = max(DRIFT[settings.dtype], BF16_DRIFT if config.engine.precision != "fp32" else 0.0)
