@@ -7,11 +7,16 @@ import pytest
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 # Files that take minutes go first, so that they do not run alone at the end of a parallel run.
 SLOW = (
+    "test_slurm",
     "test_ranks",
     "test_universal",
     "test_lanes",
     "test_runs",
     "test_kills",
+    "test_robustness_stop",
+    "test_robustness_ranks",
+    "test_plan",
+    "test_distillation",
     "test_bad_input",
     "test_cli",
     "test_prepare",
