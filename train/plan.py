@@ -229,16 +229,13 @@ def loader_need(config: Config, cluster: Cluster, step: StepTime, sample_bytes: 
     return Loader(pairs, pairs / config.data.crops_per_decode * sample_bytes / 1e6, pairs * area / PAIRS_PER_CORE)
 
 
-def checkpoint_bytes(config: Config, network: nn.Module, zero: int) -> int:
-    """Bytes of one checkpoint on disk, but for small files: parameters, AdamW's moments, fp32 master copies under ZeRO,
-    averages, and the exported average."""
+def checkpoint_bytes(network: nn.Module) -> int:
+    """Bytes of one checkpoint on disk, but for small files: fp32 weights, AdamW's moments and averages, whatever the
+    stage and precision, and the exported averages with everything that is not trained."""
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     kept = sum(p.numel() for p in network.parameters()) - trained
     kept += sum(b.numel() for b in network.buffers() if b.is_floating_point())
-    half = config.engine.precision in ("bf16_params", "fp16")
-    parameters = 0 if zero == 3 else (2 if half else 4)
-    master = 4 if zero or half else 0
-    return trained * (parameters + 8 + master + 4 + 4) + kept * 8
+    return 20 * trained + 4 * kept
 
 
 @dataclass(frozen=True)

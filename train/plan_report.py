@@ -160,7 +160,7 @@ def cache_record_bytes(config: Config) -> int:
 def _print_checkpoint(console: Console, config: Config, cluster: Cluster, stage: Stage) -> None:
     with torch.device("meta"):
         network = build_model(config)
-    size = checkpoint_bytes(config, network, stage.zero)
+    size = checkpoint_bytes(network)
     seconds = size / (cluster.storage * 1e9)
     share = seconds / (config.checkpoint.every * stage.step.total + seconds)
     console.print(

@@ -100,16 +100,13 @@ def test_a_node_of_a_large_cluster_loads_its_part():
     assert need.megabytes == pytest.approx(1.6)
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
-def test_the_checkpoint_has_the_planned_size(runs, zero):
-    name, ranks = f"sized{zero}", 1 if zero == 0 else 2
-    runs.run(name, ranks=ranks, train__steps=1, train__distill_steps=0, engine__zero=zero, data__workers=0)
-    folder = runs.folder(name) / "checkpoints" / "step-00000001"
+def test_the_checkpoint_has_the_planned_size(runs, unbroken):
+    folder = runs.folder(unbroken) / "checkpoints" / "step-00000012"
     found = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     written = load_config(folder / "config.yaml")
     with torch.device("meta"):
         network = build_model(written)
-    assert checkpoint_bytes(written, network, zero) == pytest.approx(found, rel=0.05)
+    assert checkpoint_bytes(network) == pytest.approx(found, rel=0.05)
 
 
 def test_the_command_prints_a_plan_and_refuses_a_batch_that_does_not_divide(tmp_path, capsys):
