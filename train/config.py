@@ -265,7 +265,7 @@ class EngineSection(Section):
     """Before training, time a matrix product on every rank and check what collectives deliver."""
     stall_minutes: float = Field(default=10.0, gt=0)
     """Time without progress of a rank after which it ends, with the stacks of its threads in stacks-rank-N.txt; three
-    times as long at the start, in the first step, while saving and at the end."""
+    times as long at the start, in the first step, while saving and at the end; never before data.stall_minutes."""
     silent_minutes: float = Field(default=3.0, gt=0)
     """Time without a sign of life (heartbeat/rank-N.json) of another rank after which the run ends, if steps do not go
     on either; three times as long where stall_minutes is. A dead process of the same machine is seen in seconds."""

@@ -71,7 +71,10 @@ class Beat:
         """Whether its process is known to have ended; False where this one cannot see it (another machine)."""
         if self.place != _place():
             return False
-        born, zombie = _process(self.pid)
+        try:
+            born, zombie = _process(self.pid)
+        except OSError:  # too many open files, or no /proc: nothing is known
+            return False
         return born != self.born or zombie
 
 
@@ -131,6 +134,6 @@ def _process(pid: int) -> tuple[str, bool]:
     """(start in ticks, whether it is dead and only not yet reaped); ("", False) of no process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return "", False
     return fields[19], fields[0] in "ZX"

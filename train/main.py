@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before other packages called `train` or `data`
 
-from train.config_file import load_config
 from train.signals import StopRequest
 
 
@@ -32,7 +31,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace, stop: StopRequest) -> None:
-    stop.install()
+    from train.config_file import load_config
+
+    stop.heed()
     config = load_config(args.config, args.set)
 
     # Imported here, so that a wrong key is told in a second.
@@ -78,6 +79,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
 
 def main() -> int:
     args, stop = parse(sys.argv[1:]), StopRequest()
+    stop.install()  # before torch, whose import takes seconds
     from train.failure import explained
 
     return explained(lambda: train(args, stop), stop)

@@ -37,7 +37,7 @@ from train.sources import data_sources, digest_of, open_sets, pair_loader, with_
 from train.task import DeblurTask, build_model, trainable
 from train.traces import Traces
 from train.upload import Copier, far_folder
-from train.watchdog import Watchdog, watch
+from train.watchdog import Watchdog, stall_limit, watch
 
 
 class Session:
@@ -82,6 +82,7 @@ class Session:
             log.info("--init %s is not used: the run goes on from its own checkpoint", init)
         with engine.agreed():
             module = self._build(checkpoint, init)
+        beat("start")
         engine.wrap(module)
         self.shares = StepShares(engine.module, self.task.teacher) if engine.main else None
         self.ema = averages_of(engine, config.train.ema)
@@ -93,6 +94,7 @@ class Session:
         self._saved: int | None = None  # steps of the newest checkpoint and evaluation
         self._evaluated: int | None = None
         if checkpoint is not None:
+            beat("start")
             self.task.load_state_dict(self.checkpoints.restore(checkpoint, engine, self.ema))
             self.step = read_state(checkpoint).step
             if checkpoint.resolve() == self.checkpoints.path(self.step).resolve():
@@ -118,7 +120,7 @@ class Session:
             engine.rank,
             engine.world,
             run=engine.gather(uuid.uuid4().hex)[0],
-            stall_s=60 * limits.stall_minutes,
+            stall_s=stall_limit(self.config),
             silent_s=60 * limits.silent_minutes,
             on_stopped=self.stopping.mark,
         )
@@ -150,6 +152,7 @@ class Session:
         )
         batches = self.config.loss.statistics_crops // single.train.batch
         for batch in pair_loader(single, self.train_sets, start=0, batches=batches, rank=0, world=1):
+            beat("start")
             yield batch["blurry"], batch["sharp"]
 
     # -- resuming -----------------------------------------------------------------------------------------------------
@@ -287,6 +290,7 @@ class Session:
             val_digest=self.val_set.digest,
             git_commit=self._commit,
             gain=self.gain if self._evaluated == step else None,
+            cache_fingerprint=self._cache_fingerprint,
         )
         path = self.checkpoints.save(self.engine, self.ema, state, self.config, self.task.state_dict())
         log.info("checkpoint %s", path)
@@ -347,7 +351,7 @@ class Session:
     # -- opening and closing ------------------------------------------------------------------------------------------
 
     def _open_writers(self) -> None:
-        self._commit = git_commit()
+        self._commit, self._cache_fingerprint = git_commit(), self.task.cache_fingerprint
         if not self.engine.main:
             return
         from torch.utils.tensorboard import SummaryWriter

@@ -13,8 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from train.engine import Engine
 
@@ -30,12 +28,17 @@ class StoppedEarly(BaseException):
     """A signal other than Ctrl-C came before training began: there is nothing to save."""
 
 
+def _ending(name: str) -> BaseException:
+    return KeyboardInterrupt() if name == "SIGINT" else StoppedEarly(name)
+
+
 class StopRequest:
     """What asked this process to stop, and what all ranks have agreed on.
 
     asked: one of `REASONS`, or None; known to this rank alone. agreed: the same on every rank, set by `agree` and by
-    `training_step`. Before `begin` a signal ends the process at once, as there is nothing to save; so does a second
-    Ctrl-C at any time. folder: the run's, on the one rank that looks for STOP there and writes STOPPED.
+    `training_step`. Until `heed` a signal is only noted, so that imports are not torn; until `begin` it ends the
+    process at once, as there is nothing to save; so does a second Ctrl-C at any time. folder: the run's, on the one
+    rank that looks for STOP there and writes STOPPED.
     """
 
     def __init__(self) -> None:
@@ -43,18 +46,25 @@ class StopRequest:
         self.agreed: str | None = None
         self.step = 0
         self._folder: Path | None = None
-        self._training = False
+        self._heeding = self._training = False
         self._interrupted_at: float | None = None
         self._looked_at = float("-inf")
 
     def install(self) -> None:
-        """Take over the signals (main thread only), also where a launcher's shell had them ignored."""
+        """Take over the signals (main thread only), also where a launcher's shell had them ignored; before anything
+        that is slow to import."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._end_if_deaf, args=[read], name="signals", daemon=True).start()
+
+    def heed(self) -> None:
+        """From now on a signal ends the process; one that came before does so now."""
+        self._heeding = True
+        if self.asked is not None:
+            raise _ending(self.asked)
 
     def claim(self, folder: Path) -> None:
         """Look for STOP in this run's folder, and drop what an earlier run left there. Rank 0, once it owns it."""
@@ -78,7 +88,10 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if not self._training:
-            raise KeyboardInterrupt if number == signal.SIGINT else StoppedEarly(name)
+            self.asked = name  # noted even where a destructor swallows what is raised: then the first step stops
+            if self._heeding:
+                raise _ending(name)
+            return
         if number == signal.SIGINT:
             if self._interrupted_at is None:
                 self._interrupted_at = time.monotonic()
@@ -105,7 +118,11 @@ class StopRequest:
             if self._training and first is not None and time.monotonic() - first <= SECOND_AFTER_S:
                 continue
             time.sleep(DEAF_S)
-            os._exit(130)
+            if self._training or number == signal.SIGINT:
+                os._exit(130)
+            with contextlib.suppress(OSError):
+                self.mark(signal.Signals(number).name)
+            os._exit(0)  # as `StoppedEarly` ends it: a scheduler must not take it for a crash
 
     def flags(self) -> list[float]:
         """One number per reason, to be summed over the ranks."""
@@ -123,5 +140,7 @@ class StopRequest:
 
     def agree(self, engine: Engine) -> bool:
         """Ask all ranks; every rank calls this at the same place. Whether the run stops."""
+        import torch
+
         self.take(engine.sum(torch.tensor(self.flags(), dtype=torch.float64)).tolist())
         return self.agreed is not None

@@ -15,11 +15,22 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.heartbeat import DONE, FAILED, PROGRESS, RUNNING, STOPPED, Beat, HeartbeatFile, heartbeat_path, read_beat
 
+if TYPE_CHECKING:
+    from train.config import Config
+
 LEAVING_S = 5.0  # a rank that hears of another's end lets its own main thread tell it better
 GRACE_S = 15.0  # for the last notes of a run that ends; its file system may be what hangs
+
+
+def stall_limit(config: Config) -> float:
+    """Seconds without progress that end a rank: engine.stall_minutes, but not before a loader that hangs has been able
+    to say itself what its workers do."""
+    loader = config.data.stall_minutes + 1 if config.data.workers else 0.0
+    return 60 * max(config.engine.stall_minutes, loader)
 
 
 class Watchdog:
@@ -125,7 +136,10 @@ class Watchdog:
             behind = [f"{b.who} (phase {b.phase}, step {b.step})" for b in beats if b.beats == least]
             if len(behind) < len(beats):
                 text += f"; furthest behind: {', '.join(behind[:4])}"
-        return FAILED, f"{text}; what every thread does is in {self.stacks.name}; go on with --resume auto"
+        return FAILED, (
+            f"{text}; what every thread does is in {self.stacks.name}; go on with --resume auto, and a larger "
+            "engine.stall_minutes if it was only slow"
+        )
 
     def _lost(self, now: float) -> tuple[str, str] | None:
         for rank in self._peers:

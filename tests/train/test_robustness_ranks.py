@@ -1,14 +1,21 @@
 """A rank that dies, goes silent or hangs ends the whole job in bounded time, and is named; slowness alone does not."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ranks import ROOT, start_ranks
+
+from train import heartbeat
+from train.config import Config
+from train.heartbeat import HeartbeatFile, read_beat
+from train.watchdog import stall_limit
 
 MEMBER = """
 import sys, time
@@ -148,6 +155,30 @@ def test_ranks_that_end_in_their_own_time_alarm_nobody(job):
     assert ranks.members[0].poll() is None
     ranks.tell(0, "end")
     assert ranks.end_of(0) == (0, "")
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_called_dead(tmp_path, monkeypatch):
+    file = HeartbeatFile(tmp_path, 0, "one")
+    file.path.parent.mkdir()
+    file.write()
+    beat, _ = read_beat(file.path)
+    assert not beat.gone()
+    assert replace(beat, born="1").gone()  # another process has its number
+
+    def fails(pid: int) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(heartbeat, "_process", fails)
+    assert not beat.gone()
+
+
+def test_a_hung_loader_is_told_by_the_loader_itself():
+    def limit(**data: float) -> float:
+        return stall_limit(Config.model_validate({"engine": {"stall_minutes": 2}, "data": data}))
+
+    assert limit(workers=4, stall_minutes=30) == 60 * 31
+    assert limit(workers=4, stall_minutes=0.5) == 60 * 2
+    assert limit(workers=0, stall_minutes=30) == 60 * 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -107,12 +107,30 @@ def test_every_reason_reaches_all_ranks_and_the_first_counts():
             assert stop.agreed == name
 
 
-def test_before_training_a_signal_interrupts():
+def test_a_signal_during_the_imports_ends_cleanly():
+    command = [sys.executable, "train/main.py", "--config", "nowhere.yaml"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    bit = 1 << (signal.SIGTERM - 1)
+    wait_for(lambda: int(text(Path(f"/proc/{process.pid}/status")).split("SigCgt:")[1].split()[0], 16) & bit, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=120)[1] == "SIGTERM: stopped before training began\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, StoppedEarlyError)]
+)
+def test_before_training_a_signal_interrupts(number, raised):
     stop = StopRequest()
-    with pytest.raises(KeyboardInterrupt):
-        stop._on_signal(signal.SIGINT, None)
-    with pytest.raises(StoppedEarlyError, match="SIGTERM"):
-        stop._on_signal(signal.SIGTERM, None)
+    stop._on_signal(number, None)  # imports go on
+    with pytest.raises(raised):
+        stop.heed()
+    stop = StopRequest()
+    stop.heed()
+    with pytest.raises(raised):
+        stop._on_signal(number, None)
+    stop.begin(0)  # where a destructor has swallowed that
+    assert any(stop.flags())
 
 
 def test_a_second_ctrl_c_interrupts_but_not_the_echo_of_the_first(monkeypatch):
@@ -152,6 +170,7 @@ from train import signals
 signals.DEAF_S = 0.5
 stop = signals.StopRequest()
 stop.install()
+stop.heed()
 if sys.argv[1] == "training":
     stop.begin(0)
 mutex = ctypes.create_string_buffer(64)
@@ -162,13 +181,20 @@ lock(mutex)  # as a collective that waits for another rank: Python's handlers ar
 """
 
 
-@pytest.mark.parametrize(("when", "presses"), [("before", 1), ("training", 2)])
-def test_ctrl_c_ends_a_process_that_is_blocked_below_python(when, presses):
+@pytest.mark.parametrize(
+    ("when", "number", "times", "status"),
+    [
+        ("before", signal.SIGINT, 1, 130),
+        ("before", signal.SIGTERM, 1, 0),  # a scheduler's: no crash
+        ("training", signal.SIGINT, 2, 130),
+    ],
+)
+def test_signals_end_a_process_that_is_blocked_below_python(when, number, times, status):
     process = subprocess.Popen([sys.executable, "-c", DEAF, when], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "blocked\n"
-    for _ in range(presses):
+    for _ in range(times):
         time.sleep(1.5)  # into the call; and a second press, not an echo of the first
         assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+        process.send_signal(number)
+    assert process.wait(timeout=60) == status
     process.stdout.close()
