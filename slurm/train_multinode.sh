@@ -29,14 +29,18 @@ fail() {
     exit 1
 }
 
+quoted() { # as YAML: a string, whatever it looks like
+    printf "'%s'" "${1//\'/\'\'}"
+}
+
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     command -v sbatch >/dev/null || fail "sbatch not found: no SLURM here; one machine trains with accelerate launch train/main.py"
-    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
     exec sbatch ${NODES:+--nodes="$NODES"} ${GPUS_PER_NODE:+--gpus-per-node="$GPUS_PER_NODE"} slurm/train_multinode.sh "$@"
 fi
 
-# SLURM runs a copy of this file: the checkout is where sbatch was typed.
-cd "${SLURM_SUBMIT_DIR:-.}"
+# SLURM runs a copy of this file: the checkout is where sbatch was typed, or what its --chdir names.
+[ -f slurm/node.sh ] || cd "${SLURM_SUBMIT_DIR:-.}"
 [ -f train/main.py ] && [ -f slurm/node.sh ] || fail "$PWD is not the checkout: cd there, then sbatch slurm/train_multinode.sh"
 
 SITE=${SITE:-slurm/site.sh}
@@ -58,6 +62,11 @@ case ${1:-} in
     shift
     ;;
 esac
+for argument in "$@"; do
+    case ${argument#--set=} in
+    run.name=* | run.root=*) fail "$argument: this script follows the run's folder: set RUN_ROOT and RUN_NAME instead" ;;
+    esac
+done
 [ -r "$CONFIG" ] || fail "$CONFIG: cannot read this configuration"
 
 nodes=$SLURM_JOB_NUM_NODES
@@ -65,7 +74,8 @@ restart=${SLURM_RESTART_COUNT:-0}
 MAX_RESTARTS=${MAX_RESTARTS:-20}
 RUN_ROOT=${RUN_ROOT:-runs}
 name=$(basename "$CONFIG")
-RUN_NAME=${RUN_NAME:-${name%.*}-$SLURM_JOB_ID}
+name=${name%.*}
+RUN_NAME=${RUN_NAME:-${name//[^A-Za-z0-9._-]/-}-$SLURM_JOB_ID}
 run=$RUN_ROOT/$RUN_NAME
 [ -z "${NODES:-}" ] || [ "$NODES" = "$nodes" ] ||
     fail "NODES=$NODES, but the job has $nodes: sbatch --nodes=$NODES, or start this file with bash instead of sbatch"
@@ -123,7 +133,7 @@ export MAIN_ADDRESS=$address
 export MAIN_PORT=${MAIN_PORT:-$((15000 + SLURM_JOB_ID % 15000))} # below the range from which Linux hands out ports
 
 say "job $SLURM_JOB_ID, start $((restart + 1)) of at most $((MAX_RESTARTS + 1)): $CONFIG on $nodes nodes ($SLURM_JOB_NODELIST)"
-found=$(step --kill-on-bad-exit=1 bash slurm/node.sh check | grep $'^node\t' | sort -n -k 2) ||
+found=$(set -o pipefail && step --kill-on-bad-exit=1 bash slurm/node.sh check | grep $'^node\t' | sort -n -k 2) ||
     fail "a node is not fit to train on: its message is above"
 
 fewest=$(cut -f 4 <<<"$found" | sort -n | head -n 1)
@@ -154,7 +164,7 @@ export FAILURE=$run/slurm/$SLURM_JOB_ID.failure
 rm -f "$run/STOP" "$run/STOPPED" "$FAILURE" # of an earlier start: only this one's markers count
 log=$run/slurm/%j.%t.%N.log
 step --kill-on-bad-exit=1 --open-mode=append --output="$log" --error="$log" bash slurm/node.sh launch \
-    --config "$CONFIG" --resume auto --set "run.root=$RUN_ROOT" --set "run.name=$RUN_NAME" "$@" &
+    --config "$CONFIG" --resume auto --set "run.root=$(quoted "$RUN_ROOT")" --set "run.name=$(quoted "$RUN_NAME")" "$@" &
 srun=$!
 
 # A signal ends `wait`, not the step: wait again. A run that was asked while it still set itself up has taken the request
@@ -179,7 +189,8 @@ rm -f "$run/STOP"
 
 # -- and then -----------------------------------------------------------------------------------------------------------
 
-again="RUN_ROOT=$RUN_ROOT RUN_NAME=$RUN_NAME sbatch --nodes=$nodes slurm/train_multinode.sh $CONFIG${1:+$(printf ' %q' "$@")}"
+again="$(printf 'RUN_ROOT=%q RUN_NAME=%q sbatch --nodes=%q slurm/train_multinode.sh' "$RUN_ROOT" "$RUN_NAME" "$nodes")"
+again+=$(printf ' %q' "$CONFIG" "$@")
 
 # A job that somebody cancelled must not come back; one that SLURM is taking back itself needs no help.
 leave_unless_running() {
@@ -228,7 +239,8 @@ say "$first ended first, with status $status; the last lines of each:"
 for path in "$run/slurm/$SLURM_JOB_ID".*.log; do
     echo "--- $path"
     # Of this start, and without the launcher's own traceback, which says nothing about the cause.
-    awk '/^== node /{ n = 0; over = 0 } /elastic.*failed \(exitcode/{ over = 1 } !over { line[n++] = $0 }
+    awk '/^== node /{ n = 0; over = 0 } /elastic.*failed \(exitcode/{ over = 1 }
+        /^  File "<frozen runpy>/ && line[n - 1] ~ /^Traceback/{ n--; over = 1 } !over { line[n++] = $0 }
         END { for (i = n > 15 ? n - 15 : 0; i < n; i++) print line[i] }' "$path" || true
 done
 

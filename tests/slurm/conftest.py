@@ -135,7 +135,7 @@ class Jobs:
 @pytest.fixture(scope="session")
 def jobs(cluster, tmp_path_factory) -> Jobs:
     """One place for all runs on the cluster."""
-    return Jobs(cluster, tmp_path_factory.mktemp("jobs"))
+    return Jobs(cluster, tmp_path_factory.mktemp("somebody's jobs"))
 
 
 FAKE_PYTHON = """\
@@ -144,6 +144,8 @@ FAKE_PYTHON = """\
 import os, signal, sys, time
 node, run = int(os.environ["SLURM_NODEID"]), os.path.join(os.environ["RUN_ROOT"], os.environ["RUN_NAME"])
 if sys.argv[1] == "-":
+    if os.environ.get("UNFIT") == str(node):
+        sys.exit("no torch here")
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if "COUNT_GPUS" in os.environ else [""]
     print("node", node, os.environ["SLURMD_NODENAME"], sum(map(bool, devices)), 1, "-", "no versions", sep="\\t")
     sys.exit()
