@@ -135,8 +135,7 @@ class FeatureCache:
                 "bytes; raise it"
             )
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._check_meta()
+            self._prepare()
         except OSError as error:
             self.problem = f"{self.folder}: {error.strerror or error}"
 
@@ -146,7 +145,9 @@ class FeatureCache:
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state | {"_writers": weakref.WeakSet()}  # writers stay in their process
 
-    def _check_meta(self) -> None:
+    def _prepare(self) -> None:
+        """Make the folder, and what says whose it is; or check that."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / META
         if not path.exists():
             try:
@@ -190,6 +191,7 @@ class FeatureCache:
             self.limit_bytes,
             evict=self.when_full == "oldest",
             problem=self.problem,
+            prepare=self._prepare,
         )
         self._writers.add(writer)
         return writer
@@ -238,7 +240,7 @@ class FeatureReader:
     def _reset(self) -> None:
         self._layout, self.stats, self._looked = self.spec.layout, ReadStats(), -math.inf
         self.segments, self._process = SegmentReader(self.folder, self._layout), os.getpid()
-        self._from_disk = True
+        self._from_disk, self._failed = True, False
 
     def __getstate__(self) -> dict:
         return {"folder": self.folder, "spec": self.spec}
@@ -263,11 +265,21 @@ class FeatureReader:
             for image, box, flip in zip(batch["image"], batch["box"].tolist(), batch["flip"].tolist(), strict=True)
         ]
         before = self.stats.seconds, self.stats.bytes, self.stats.corrupt
-        levels, hits = self.read_batch(keys)
+        levels, hits = self._read_or_miss(keys)
         after = self.stats.seconds, self.stats.bytes, self.stats.corrupt
         change = [now - then for now, then in zip(after, before, strict=True)]
         batch["features"], batch["feature_hits"] = levels, torch.tensor(hits)
         batch["feature_read"] = dict(zip(("seconds", "bytes", "corrupt"), change, strict=True))
+
+    def _read_or_miss(self, keys: Sequence[bytes]) -> tuple[list[Tensor], list[bool]]:
+        """`read_batch`, but misses where that fails: no shared memory or file descriptors left, say."""
+        try:
+            return self.read_batch(keys)
+        except (OSError, RuntimeError) as error:
+            if not self._failed:
+                log.warning("feature cache: not read (%s); the crops are computed", error)
+            self._failed = True
+            return _room_for(0, self.spec.levels), [False] * len(keys)
 
     def read_batch(self, keys: Sequence[bytes]) -> tuple[list[Tensor], list[bool]]:
         """(L tensors fp16 [n, c, h, w] of the n keys found, in order; which keys those are)."""

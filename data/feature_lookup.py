@@ -165,7 +165,8 @@ class SegmentReader:
         """Have the kernel read these records ahead, all at once, as a disk likes it."""
         for key in keys:
             if (place := self.place(key)) is not None:
-                os.posix_fadvise(*place, self.layout.record_bytes, os.POSIX_FADV_WILLNEED)
+                with contextlib.suppress(OSError):  # a file system that takes no advice
+                    os.posix_fadvise(*place, self.layout.record_bytes, os.POSIX_FADV_WILLNEED)
 
     def drop_from_memory(self, keys: Iterable[bytes]) -> None:
         """Write these records to the disk and take them out of the page cache, so that they are read from the disk."""
@@ -174,7 +175,8 @@ class SegmentReader:
             with contextlib.suppress(OSError):
                 os.fdatasync(file)
         for file, offset in places:
-            os.posix_fadvise(file, offset, self.layout.record_bytes, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(file, offset, self.layout.record_bytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the open segments; they are opened again when they are needed."""

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +51,12 @@ class FeatureWriter:
         *,
         evict: bool = True,
         problem: str | None = None,
+        prepare: Callable[[], None] = lambda: None,
         queue_bytes: int = _QUEUE_BYTES,
     ) -> None:
         self.folder, self.name, self.stats = folder, name, WriteStats()
         self.stopped: str | None = None
+        self._prepare = prepare  # makes the folder, which may have been deleted since
         self._layout, self._limit, self._evict, self._queue_bytes = layout, limit_bytes, evict, queue_bytes
         # Several to a cache, so that removing the oldest leaves most of it.
         self._segment_bytes = min(_LARGEST_SEGMENT, limit_bytes // 8)
@@ -174,7 +176,7 @@ class FeatureWriter:
             ):
                 self._end_segment()
             if self._segment is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self._prepare()
                 self._segment = SegmentWriter(self.folder, self._layout, self.name)
             count = max(1, (self._segment_bytes - self._segment.bytes) // size)
             some, keys = keys[:count], keys[count:]

@@ -32,6 +32,11 @@ class Teachers(nn.Module):
         self.channels = tuple(map(sum, self.splits))
         self.weights = tuple(weight / sum(weights) for weight in weights)
 
+    @property
+    def precision(self) -> str:
+        """The lowest of the teachers' precisions where the weights are now: fp32 or bf16."""
+        return "bf16" if any(teacher.precision == "bf16" for teacher in self.teachers) else "fp32"
+
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return level features, without gradient, fp32: sRGB [B, 3, H, W] in [0, 1] → [B, Σ c_l, ⌈H/s_l⌉, ⌈W/s_l⌉]."""
         if len(self.teachers) == 1:

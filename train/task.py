@@ -14,7 +14,7 @@ from model.encoder import EncoderSpec
 from model.teacher import Teacher
 from model.teachers import Teachers
 from train.config import Config
-from train.features import TeacherFeatures
+from train.features import TeacherFeatures, cache_spec
 from train.losses import CrossLevelFeatureLoss, RestorationLoss
 
 
@@ -105,6 +105,13 @@ class DeblurTask:
         if self.teacher is not None:
             self.targets = TeacherFeatures(self.teacher, self.config, self.device, rank)
 
+    @property
+    def cache_fingerprint(self) -> str | None:
+        """What the run's feature cache is known by, None without one."""
+        if self.teacher is None or self.config.features.cache == "off":
+            return None
+        return cache_spec(self.teacher, self.config).fingerprint
+
     def losses(
         self,
         forward: Callable[..., Any],
@@ -133,7 +140,7 @@ class DeblurTask:
             total = total + weight * loss
             parts = {**parts, **more}
             if self.targets is not None and self.config.features.cache != "off":
-                parts["cached"] = sharp.new_tensor(self.targets.share(batch))
+                parts["cached"] = sharp.new_tensor(self.targets.share)
         if self.config.loss.cfl_final is not None:
             parts["cfl_weight"] = sharp.new_tensor(weight)
         return total, parts

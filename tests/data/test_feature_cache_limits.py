@@ -9,10 +9,12 @@ import pickle
 import resource
 import threading
 
+import numpy as np
 import pytest
 from feature_caches import LEVELS, LIMIT, a_cache, features, fill, keys_of, same
 
 import data.feature_segments as segments
+from data import feature_cache
 from data.errors import DataError
 from data.feature_cache import CacheSpec, FeatureCache, crop_key, quantise
 from data.feature_segments import SegmentWriter, stems
@@ -120,6 +122,7 @@ def test_writing_goes_on_when_the_folder_is_deleted(tmp_path):
         writer.put(keys_of("a"), quantise(features(1), "fp16"))
         writer.flush()
         assert writer.stopped is None
+    assert (cache.folder / "meta.json").is_file()
     assert a_cache(tmp_path).reader().get(keys_of("a")[0]) is not None
 
 
@@ -317,3 +320,40 @@ def test_many_segments_do_not_use_up_file_descriptors(tmp_path):
     assert len(os.listdir("/proc/self/fd")) < before + 150
     reader.close()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_look_up_that_fails_is_misses_and_one_warning(tmp_path, monkeypatch, caplog):
+    cache = a_cache(tmp_path)
+    fill(cache, "a")
+    room = feature_cache._room_for
+
+    def full(crops, levels):
+        if crops:
+            raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+        return room(crops, levels)
+
+    monkeypatch.setattr(feature_cache, "_room_for", full)
+    reader = cache.reader()
+    for _ in range(2):
+        batch = {"image": ["a", "a"], "box": np.array([[0, 3, 64], [1, 3, 64]]), "flip": np.zeros(2, bool)}
+        reader.attach(batch)
+        assert batch["feature_hits"].tolist() == [False, False]
+        assert [len(level) for level in batch["features"]] == [0, 0, 0]
+    (warning,) = warnings_of(caplog)
+    assert "shared memory" in warning
+
+
+def test_a_file_system_that_takes_no_advice_is_read_all_the_same(tmp_path, monkeypatch):
+    cache = a_cache(tmp_path)
+    stored = fill(cache, "a")
+
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "no advice")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    reader = cache.reader()
+    reader.segments.refresh()
+    reader.segments.drop_from_memory(keys_of("a"))
+    _, hits = reader.read_batch(keys_of("a"))
+    assert hits == [True] * 4
+    assert same(reader.get(keys_of("a")[0]), stored, 0)

@@ -19,12 +19,16 @@ from train.run_folder import log
 
 
 class Teacher(nn.Module):
-    """Two levels at strides 4 and 8; `slow` seconds a call, `scale` stands for other weights."""
+    """Two levels at strides 4 and 8; `slow` seconds a call, `scale` stands for other weights, `spike` is a number that
+    towers above all others of its channel, as vision transformers have them."""
 
     channels, strides = (6, 10), (4, 8)
 
-    def __init__(self, slow: float = 0.0, scale: float = 1.0) -> None:
+    def __init__(
+        self, slow: float = 0.0, scale: float = 1.0, precision: str = "fp32", spike: float | None = None
+    ) -> None:
         super().__init__()
+        self.precision, self.spike = precision, spike
         torch.manual_seed(0)
         self.convs = nn.ModuleList([nn.Conv2d(3, 6, 4, 4), nn.Conv2d(3, 10, 8, 8)])
         self.slow, self.scale, self.crops = slow, scale, 0
@@ -33,7 +37,10 @@ class Teacher(nn.Module):
     def forward(self, image):
         time.sleep(self.slow)
         self.crops += len(image)
-        return tuple(self.scale * conv(image) for conv in self.convs)
+        levels = tuple(self.scale * conv(image) for conv in self.convs)
+        for level in levels if self.spike is not None else ():
+            level[..., 0, 0] = self.spike
+        return levels
 
     def fingerprint(self) -> str:
         return "a test's teacher"
@@ -180,12 +187,40 @@ def test_a_cache_that_disagrees_with_the_teacher_is_turned_off(tmp_path, photogr
     assert_equal(found[-1:], plain[-1:])
 
 
-def test_a_sound_cache_passes_its_checks(tmp_path, photographs):
+@pytest.mark.parametrize(("dtype", "spike"), [("fp16", None), ("int8", None), ("int8", 6.0)])
+def test_a_sound_cache_passes_its_checks_however_coarse_its_form(tmp_path, photographs, dtype, spike):
     for _ in range(2):
-        features = opened(tmp_path, check_every=2)
-        targets(features, batches(photographs, features.attach))
+        features = opened(tmp_path, Teacher(spike=spike), check_every=2, dtype=dtype)
+        targets(features, batches(photographs, features.attach, count=3))
         features.close()
     assert (features.drifted, features.active) == (0, True)
+
+
+@pytest.mark.parametrize(("teacher", "run", "kept"), [("bf16", "fp32", True), ("fp32", "bf16", False)])
+def test_what_a_check_forgives_is_the_teachers_own_precision(tmp_path, photographs, teacher, run, kept):
+    for scale in (1.0, 1.03):
+        config = configured(tmp_path, check_every=2)
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"precision": run})})
+        features = TeacherFeatures(Teacher(scale=scale, precision=teacher), config, torch.device("cpu"), 0)
+        targets(features, batches(photographs, features.attach, count=2))
+        features.close()
+    assert features.active is kept
+
+
+def test_the_share_and_the_rate_are_of_what_was_read_not_of_what_was_found(tmp_path, photographs):
+    first = opened(tmp_path)
+    targets(first, batches(photographs, first.attach, count=2))
+    first.close()
+    deciding = opened(tmp_path, cache="auto")
+    targets(deciding, batches(photographs, deciding.attach, count=2))
+    assert (deciding.share, deciding.hits, deciding.read_bytes, deciding.read_s) == (0.0, 0, 0, 0.0)
+    deciding.close()
+    again = opened(tmp_path)
+    targets(again, batches(photographs, again.attach, count=2))
+    assert (again.share, again.hits) == (1.0, 8)
+    again.attach.turn_off()
+    targets(again, batches(photographs, again.attach, count=2))
+    assert again.share == 0.0
 
 
 def test_features_that_are_not_finite_reach_the_loss_but_not_the_disk(tmp_path, photographs):
