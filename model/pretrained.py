@@ -71,8 +71,10 @@ class SafetensorsWriter:
                 self._file.close()
                 os.replace(self._temporary, self.path)
         finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            try:
+                self._file.close()  # on a full disk this fails too
+            finally:
+                self._temporary.unlink(missing_ok=True)
 
 
 def config_text(config: Mapping[str, Any]) -> str:

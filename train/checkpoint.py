@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -41,7 +42,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands; all that is needed to go on exactly."""
+    """Where a run stands; all that is needed to go on exactly.
+
+    samples_consumed is the whole state of the training stream: with the seed it says what comes next. config_digest: of
+    what decides the losses in config.yaml beside it; cache_fingerprint: of the feature cache, None without one.
+    """
 
     step: int
     samples_consumed: int
@@ -53,6 +58,7 @@ class RunState:
     val_digest: str
     git_commit: str | None
     gain: float | None = None
+    cache_fingerprint: str | None = None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -110,12 +116,14 @@ class Checkpoints:
         """Finish or remove what a killed run left half done. Only the process that holds the run's lock may."""
         if not self.folder.is_dir():
             return
-        for entry in sorted(self.folder.glob("step-*.tmp")):
-            if not entry.with_suffix("").exists() and damage(entry) is None:
-                self.adopt(entry)
+        for suffix in (".tmp", ".old"):
+            for entry in sorted(self.folder.glob(f"step-*{suffix}")):
+                if not entry.with_suffix("").exists() and damage(entry) is None:
+                    self.adopt(entry)
         for suffix in (".tmp", ".old", ".pruned"):
             for entry in self.folder.glob(f"step-*{suffix}"):
                 shutil.rmtree(entry, ignore_errors=True)
+        self._point()
 
     def set_aside_newer(self, step: int) -> None:
         """Take checkpoints after `step` out of the count: the run goes on from there and will write those steps again,
@@ -125,11 +133,11 @@ class Checkpoints:
                 aside = self.path(newer).with_suffix(".replaced")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(self.path(newer), aside)
+        self._point()
 
     def best(self) -> Path | None:
         """The checkpoint with the largest gain on the severe tiers, if one was evaluated and is still there."""
-        pointer = self.folder / "best"
-        path = self.folder / pointer.read_text().strip() if pointer.is_file() else None
+        path = self._pointed("best")
         return path if path is not None and path.is_dir() else None
 
     def save(self, engine: Engine, ema: Ema, state: RunState, config: Config, loss_state: dict) -> Path:
@@ -140,19 +148,21 @@ class Checkpoints:
             if engine.main:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
+        own: dict[str, dict] = {}
         with engine.agreed(), _writing(unfinished):
-            write_state(unfinished, engine, ema)
-            torch.save(_random_state(), unfinished / f"rng-rank{engine.rank}.pt")
+            random = unfinished / f"rng-rank{engine.rank}.pt"
+            torch.save(_random_state(), random)
+            own = _entries(unfinished, [write_state(unfinished, engine, ema), random])
+        known = {name: entry for each in engine.gather(own) for name, entry in each.items()}
         with _writing(unfinished):
             write_model(unfinished, engine, ema, config)
         with engine.agreed(), _writing(unfinished):
             if engine.main:
                 torch.save(loss_state, unfinished / "loss.pt")
                 write_text(unfinished / "run.json", json.dumps(asdict(state), indent=1) + "\n")
-                _seal(unfinished)
+                _seal(unfinished, known)
                 self.adopt(unfinished)  # in place of one of the same step, after a resume from an older one
-                write_text(self.folder / "latest", final.name + "\n")
-                self._choose_best(state)
+                self._point()
                 self.prune(state.step)
         return final
 
@@ -163,19 +173,31 @@ class Checkpoints:
         torch's random state comes back where the number of ranks is the same; on another number every rank starts one
         that depends on (seed, step, rank).
         """
-        read_state_into(path, engine, ema)
-        state = read_state(path)
-        if state.world == engine.world:
-            _restore_random_state(torch.load(path / f"rng-rank{engine.rank}.pt", weights_only=True))
-        else:
-            facts = f"{state.seed}/{state.step}/{engine.rank}".encode()
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(facts, digest_size=7).digest(), "little"))
-        return torch.load(path / "loss.pt", map_location=engine.device, weights_only=True)
+        with engine.agreed():
+            read_state_into(path, engine, ema)
+            state = read_state(path)
+            if state.world == engine.world:
+                _restore_random_state(torch.load(path / f"rng-rank{engine.rank}.pt", weights_only=True))
+            else:
+                facts = f"{state.seed}/{state.step}/{engine.rank}".encode()
+                torch.manual_seed(int.from_bytes(hashlib.blake2b(facts, digest_size=7).digest(), "little"))
+            return torch.load(path / "loss.pt", map_location=engine.device, weights_only=True)
 
-    def _choose_best(self, state: RunState) -> None:
-        best = self.best()
-        if state.gain is not None and (best is None or state.gain > self._gain_of(best)):
-            write_text(self.folder / "best", self.path(state.step).name + "\n")
+    def _point(self) -> None:
+        """Write `latest` and `best` as the folders say, whatever a killed process left; of equal gains the first."""
+        steps = self.steps()
+        gains = {step: self._gain_of(self.path(step)) for step in steps}
+        best = max(steps, key=lambda step: (gains[step], -step), default=None)
+        named = {"latest": steps[-1] if steps else None, "best": None if best is None or gains[best] == -inf else best}
+        for name, step in named.items():
+            if step is None:
+                (self.folder / name).unlink(missing_ok=True)
+            elif self._pointed(name) != self.path(step):
+                write_text(self.folder / name, self.path(step).name + "\n")
+
+    def _pointed(self, name: str) -> Path | None:
+        pointer = self.folder / name
+        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
 
     def prune(self, current: int) -> None:
         """Remove all but the newest `keep`, the best, the current step's, and what is held."""
@@ -185,14 +207,14 @@ class Checkpoints:
             if path not in spared:
                 going = path.with_suffix(".pruned")  # killed while removing: not a torn checkpoint
                 os.rename(path, going)
-                shutil.rmtree(going)
+                shutil.rmtree(going, ignore_errors=True)  # a file that somebody reads may stay: `tidy` removes it
 
     def _gain_of(self, path: Path) -> float:
         try:
             gain = read_state(path).gain
         except CheckpointError:  # damaged: anything is better
-            return float("-inf")
-        return float("-inf") if gain is None else gain
+            return -inf
+        return -inf if gain is None else gain
 
 
 @contextlib.contextmanager
@@ -286,7 +308,10 @@ def manifest_of(path: Path) -> dict[str, dict]:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None: every file is there with its size and hash."""
     try:
-        for name, entry in manifest_of(path).items():
+        manifest = manifest_of(path)
+        if not manifest:
+            return f"{path}: {MANIFEST} names no files"
+        for name, entry in manifest.items():
             file = path / name
             if file.stat().st_size != entry["bytes"]:
                 return f"{file}: {file.stat().st_size} bytes instead of {entry['bytes']}"
@@ -299,14 +324,27 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _seal(folder: Path) -> None:
-    """Write the manifest over all files, and push them to the disk."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    manifest = {}
+def _entries(folder: Path, files: list[Path]) -> dict[str, dict]:
+    """What the manifest says of files, pushed to the disk by the rank that wrote them."""
+    entries = {}
     for file in files:
         _sync(file)
-        manifest[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "blake2b": _digest(file)}
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "blake2b": _digest(file)}
+    return entries
+
+
+def _seal(folder: Path, known: dict[str, dict] | None = None) -> None:
+    """Write the manifest over all files, but for `known` entries hashed here, and push them to the disk."""
+    known = known or {}
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    names = {str(file.relative_to(folder)): file for file in files}
+    missing = sorted(known.keys() - names.keys())
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {missing[0]} of another rank is not there: run.root must be a folder that all nodes share"
+        )
+    fresh = _entries(folder, [file for name, file in names.items() if name not in known])
+    write_text(folder / MANIFEST, json.dumps({name: (known | fresh)[name] for name in names}, indent=1) + "\n")
     for directory in {file.parent for file in files} | {folder}:
         _sync(directory)
 

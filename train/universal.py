@@ -139,8 +139,9 @@ def fresh_optimizer_state(engine: Engine) -> None:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_state(folder: Path, engine: Engine, ema: Ema) -> None:
-    """Write this rank's file, one piece after the other: no second copy of anything is held. No collectives."""
+def write_state(folder: Path, engine: Engine, ema: Ema) -> Path:
+    """Write this rank's file, one piece after the other, and return it: no second copy of anything is held. No
+    collectives."""
     stage = engine.config.engine.zero
     entries: list[tuple[str, int, int, Callable[[], Tensor]]] = []
     updates: dict[str, int] = {}
@@ -160,11 +161,13 @@ def write_state(folder: Path, engine: Engine, ema: Ema) -> None:
         "averaged": str(ema.updates),
     }
     layout = [(key, (count,), torch.float32) for key, _, count, _ in entries]
-    with SafetensorsWriter(folder / STATE / f"rank-{engine.rank:05d}.safetensors", layout, metadata) as file:
+    path = folder / STATE / f"rank-{engine.rank:05d}.safetensors"
+    with SafetensorsWriter(path, layout, metadata) as file:
         for *_, read in entries:
             file.write(read())
     if engine.main:
         (folder / STATE / "engine.json").write_text(json.dumps(_engine_facts(engine), indent=1) + "\n")
+    return path
 
 
 def _scaler(engine: Engine) -> Any:

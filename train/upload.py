@@ -1,7 +1,7 @@
 """Copies of finished checkpoints elsewhere, made beside the training, through fsspec.
 
 URL/RUN/step-00000500/…   its files; manifest.json is written last: a folder without it is not whole
-URL/RUN/metrics.jsonl     as it was at the last copy
+URL/RUN/metrics.jsonl     as it was at the last copy, as `best`, which names the best checkpoint
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import Any
 
 import fsspec
 
-from train.checkpoint import MANIFEST, STEP, Checkpoints, damage, manifest_of
+from train.checkpoint import MANIFEST, STEP, Checkpoints, damage, manifest_of, write_text
 from train.config import Config
+from train.run_folder import RunFolder
 
 log = logging.getLogger("sharpprior")
 
 ATTEMPTS = 5
 BACKOFF_S = 1.0  # doubled after each failure
-METRICS = "metrics.jsonl"  # of the run's folder, copied along
+METRICS, BEST = "metrics.jsonl", "best"  # of the run's folder and of its checkpoints', copied along
 
 
 class FarFolder:
@@ -57,11 +58,14 @@ class FarFolder:
         return f"{self.root}/{name}"
 
     def manifest(self, name: str) -> dict[str, Any] | None:
-        """The manifest of a whole copy, None where it is not whole."""
+        """The manifest of a whole copy, None where it is not whole, empty where it is damaged."""
         try:
-            return json.loads(self.fs.cat_file(f"{self.folder(name)}/{MANIFEST}"))
+            found = json.loads(self.fs.cat_file(f"{self.folder(name)}/{MANIFEST}"))
         except FileNotFoundError:
             return None
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def put(self, path: Path, place: str) -> None:
         """Copy one file; OSError where its size there is another afterwards."""
@@ -109,32 +113,66 @@ class FarFolder:
                 self.remove(name)
 
     def fetch_newest(self, checkpoints: Checkpoints) -> Path | None:
-        """Bring the newest whole copy, with the run's metrics, into its folder; None where there is none. ValueError
-        where none arrives whole."""
+        """Bring the newest whole copy, with the run's metrics and its best one, into its folder; None where there is
+        none. ValueError where none arrives whole."""
         problems = []
         for step in reversed(persistently(self.steps)):
             final = checkpoints.path(step)
             manifest = persistently(partial(self.manifest, final.name))
             if manifest is None:
                 continue
-            arriving = final.with_name(final.name + ".tmp")
-            shutil.rmtree(arriving, ignore_errors=True)
-            for name in (*manifest, MANIFEST):
-                (arriving / name).parent.mkdir(parents=True, exist_ok=True)
-                persistently(
-                    partial(self.fs.get_file, f"{self.folder(final.name)}/{name}", str(arriving / name)),
-                )
-            problem = damage(arriving)
+            problem = self._fetch(final, manifest)
             if problem is None:
                 if self.fs.exists(f"{self.root}/{METRICS}"):
                     self.fs.get_file(f"{self.root}/{METRICS}", str(checkpoints.folder.parent / METRICS))
-                return checkpoints.adopt(arriving)
+                whole = checkpoints.adopt(_arriving(final))
+                self._fetch_best(checkpoints)
+                return whole
             log.warning("%s/%s: did not arrive whole: %s", self.url, final.name, problem)
             problems.append(problem)
-            shutil.rmtree(arriving, ignore_errors=True)
         if problems:
             raise ValueError(f"{self.url}: no checkpoint arrived whole ({problems[0]})")
         return None
+
+    def _fetch_best(self, checkpoints: Checkpoints) -> None:
+        """The best copy and the pointer to it; a run goes on without."""
+        try:
+            name = self.fs.cat_file(f"{self.root}/{BEST}").decode().strip()
+            manifest = self.manifest(name) if STEP.match(name) else None
+            final = checkpoints.folder / name
+            if manifest is None or not (final.is_dir() or self._fetch(final, manifest) is None):
+                return
+            if not final.is_dir():
+                checkpoints.adopt(_arriving(final))
+            write_text(checkpoints.folder / BEST, f"{name}\n")
+        except FileNotFoundError:
+            return
+        except Exception as error:  # every file system has its own errors
+            log.warning("%s: the best checkpoint was not fetched: %s", self.url, _short(error))
+
+    def _fetch(self, final: Path, manifest: dict[str, Any]) -> str | None:
+        """Bring a copy's files beside where they will lie; what is wrong with the copy itself, or None."""
+        arriving = _arriving(final)
+        shutil.rmtree(arriving, ignore_errors=True)
+        problem = None if manifest else f"{MANIFEST} is damaged"
+        for name in (*manifest, MANIFEST):
+            if not (arriving / name).resolve().is_relative_to(arriving.resolve()):
+                problem = f"{MANIFEST} is damaged"
+            if problem is not None:
+                break
+            (arriving / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                persistently(partial(self.fs.get_file, f"{self.folder(final.name)}/{name}", str(arriving / name)))
+            except FileNotFoundError:
+                problem = f"{name} is missing"
+        problem = problem or damage(arriving)
+        if problem is not None:
+            shutil.rmtree(arriving, ignore_errors=True)
+        return problem
+
+
+def _arriving(final: Path) -> Path:
+    return final.with_name(final.name + ".tmp")
 
 
 def persistently(work: Callable[[], Any], attempts: int = ATTEMPTS, backoff_s: float = BACKOFF_S) -> Any:
@@ -161,6 +199,8 @@ def far_folder(config: Config, *, fresh: bool) -> FarFolder | None:
     if url is None:
         return None
     far = FarFolder(url, config.run.name)
+    if "file" in far.fs.protocol and Path(far.root).resolve() == RunFolder.of(config).path.resolve():
+        raise ValueError(f"checkpoint.copy_to {url}: is where the run itself lies: choose another place for the copies")
     if fresh and persistently(far.steps):
         raise ValueError(
             f"{far.url}: holds checkpoints of a run of this name: go on with it (--resume auto), or start another "
@@ -184,7 +224,7 @@ class Copier:
         self.missing: list[Path] = []
         checkpoints.held = self.held
         self._waiting: Path | None = None
-        self._copying: Path | None = None
+        self._copying: set[Path] = set()
         self._changed = threading.Condition()
         self._closing = False
         self._warned = False
@@ -202,7 +242,7 @@ class Copier:
     def held(self) -> set[Path]:
         """Checkpoints that must stay on the disk for now."""
         with self._changed:
-            return {path for path in (self._waiting, self._copying) if path is not None}
+            return self._copying | ({self._waiting} if self._waiting is not None else set())
 
     def close(self, timeout_s: float) -> None:
         """Wait until all is copied, at most so long; say what is not."""
@@ -222,12 +262,12 @@ class Copier:
                 if self._waiting is None:
                     return
                 path, self._waiting = self._waiting, None
-                self._copying = path
+                self._copying = {path}
             try:
                 self._copy(path)
             finally:
                 with self._changed:
-                    self._copying = None
+                    self._copying = set()
 
     def _copy(self, path: Path) -> None:
         started = time.perf_counter()
@@ -243,11 +283,15 @@ class Copier:
             log.warning("%s: not copied to %s: %s; training goes on", path.name, self.far.url, problem)
 
     def _put_all(self, path: Path) -> None:
+        with self._changed:
+            best = self.checkpoints.best()
+            self._copying = {path} if best is None else {path, best}
         self.far.copy(path)
-        metrics = path.parent.parent / METRICS
-        if metrics.is_file():
-            self.far.put_growing(metrics, f"{self.far.root}/{METRICS}")
-        best = self.checkpoints.best()
+        if best is not None:  # its own turn to be copied may have gone to a newer one
+            self.far.copy(best)
+        for growing in (path.parent.parent / METRICS, path.parent / BEST):
+            if growing.is_file():
+                self.far.put_growing(growing, f"{self.far.root}/{growing.name}")
         step = int(STEP.match(path.name)[1])
         self.far.prune(step, self.checkpoints.keep, best.name if best is not None else None)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from model.pretrained import SafetensorsWriter
+from train import checkpoint
 from train.checkpoint import CheckpointError, Checkpoints, RunState, damage, read_state
 from train.config import Config
 from train.ema import Ema
@@ -26,6 +27,9 @@ class OneProcess:
         self.module = module
         counters = dict.fromkeys(COUNTERS, 0)
         self.engine = types.SimpleNamespace(optimizer=torch.optim.AdamW(module.parameters()), **counters)
+
+    def gather(self, thing: object) -> list[object]:
+        return [thing]
 
     def agreed(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
@@ -177,6 +181,72 @@ def test_the_state_of_another_model_is_refused(made):
     (path / "state" / "rank-00000.safetensors").unlink()
     with pytest.raises(ValueError, match="no state of a training run"):
         read_state_into(path, made[1], made[2])
+
+
+def test_pointers_that_a_kill_left_behind_are_mended_so_that_the_best_is_never_pruned(made, monkeypatch):
+    save(made, 1, 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_point", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save(made, 2, 0.9)  # it has its name, but `latest` and `best` do not say so
+    made[0].tidy()
+    assert (made[0].folder / "latest").read_text() == "step-00000002\n"
+    assert made[0].best() == made[0].path(2)
+    for step in (3, 4, 5):
+        save(made, step, 0.2)
+    assert made[0].steps() == [2, 4, 5]
+    made[0].set_aside_newer(1)
+    assert not (made[0].folder / "latest").exists()
+    assert made[0].best() is None
+
+
+def test_an_older_one_of_the_step_comes_back_where_the_newer_is_torn(made):
+    path = save(made, 1)
+    shutil.copytree(path, path.with_suffix(".tmp"))
+    (path.with_suffix(".tmp") / "loss.pt").unlink()
+    os.rename(path, path.with_suffix(".old"))
+    made[0].tidy()
+    assert made[0].newest_whole() == (path, [])
+
+
+def test_every_rank_hashes_what_it_wrote_and_rank_0_misses_what_is_not_there(made, monkeypatch):
+    hashed = []
+    real = checkpoint._digest
+    monkeypatch.setattr(checkpoint, "_digest", lambda file: hashed.append(file.name) or real(file))
+    there = {"rng-rank1.pt": {"bytes": 3, "blake2b": "of rank 1"}}
+    monkeypatch.setattr(OneProcess, "gather", lambda self, own: [own, there])
+    with pytest.raises(CheckpointError, match=r"rng-rank1\.pt of another rank is not there: run\.root must be"):
+        save(made, 1)
+    random_state = checkpoint._random_state
+
+    def beside_rank_1() -> dict:
+        (made[0].folder / "step-00000001.tmp/rng-rank1.pt").write_text("abc")
+        return random_state()
+
+    monkeypatch.setattr(checkpoint, "_random_state", beside_rank_1)
+    hashed.clear()
+    path = save(made, 1)
+    assert checkpoint.manifest_of(path)["rng-rank1.pt"] == there["rng-rank1.pt"]
+    assert "rng-rank1.pt" not in hashed
+    assert len(hashed) == len(set(hashed))
+
+
+def test_a_file_that_cannot_be_removed_yet_does_not_end_the_run(made, monkeypatch):
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    for step in (1, 2):
+        save(made, step)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    save(made, 3)
+    assert made[0].steps() == [2, 3]
+
+
+def test_a_manifest_that_names_nothing_is_no_checkpoint(made):
+    path = save(made, 1)
+    (path / "manifest.json").write_text("{}")
+    assert "names no files" in damage(path)
 
 
 def test_a_kill_while_an_old_one_is_removed_leaves_nothing_torn_and_brings_nothing_back(made, monkeypatch):

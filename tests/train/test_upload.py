@@ -11,7 +11,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from train.checkpoint import Checkpoints, damage
-from train.upload import Copier, FarFolder
+from train.config import Config
+from train.upload import Copier, FarFolder, far_folder
 
 
 def make(checkpoints: Checkpoints, step: int):
@@ -112,6 +113,55 @@ def test_what_is_fetched_is_verified_and_an_older_one_taken_where_it_is_damaged(
     assert elsewhere.steps() == [1]
     assert "its content changed" in said[0]
     assert not list(elsewhere.folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("hurt", ["manifest", "manifest's names", "missing file"])
+def test_a_damaged_copy_is_passed_over_and_told(checkpoints, tmp_path, said, hurt):
+    far = FarFolder(f"file://{tmp_path}/far", "run")
+    for step in (1, 2):
+        far.copy(make(checkpoints, step))
+    victim = tmp_path / "far/run/step-00000002"
+    manifest = victim / "manifest.json"
+    if hurt == "manifest":
+        manifest.write_bytes(b"\xff" + manifest.read_bytes()[1:])
+    elif hurt == "manifest's names":
+        manifest.write_text(manifest.read_text().replace("state/rank.bin", "../../stray.bin"))
+    else:
+        (victim / "run.json").unlink()
+    elsewhere = Checkpoints(tmp_path / "other" / "checkpoints", 2)
+    elsewhere.folder.mkdir(parents=True)
+    assert far.fetch_newest(elsewhere) == elsewhere.path(1)
+    assert "did not arrive whole" in said[0]
+    assert {path.name for path in elsewhere.folder.iterdir()} == {"step-00000001"}
+    shutil.rmtree(tmp_path / "far/run/step-00000001")
+    with pytest.raises(ValueError, match="no checkpoint arrived whole"):  # and not: nothing to resume
+        far.fetch_newest(elsewhere)
+    if hurt != "missing file":
+        far.copy(checkpoints.path(2))
+        assert damage(victim) is None
+
+
+def test_the_best_one_is_copied_though_a_newer_one_took_its_turn_and_comes_back(checkpoints, tmp_path):
+    far = FarFolder(f"file://{tmp_path}/far", "run")
+    for step in (1, 2, 3, 4):
+        make(checkpoints, step)
+    (checkpoints.folder / "best").write_text("step-00000001\n")
+    copier = Copier(far, checkpoints)
+    copier.submit(checkpoints.path(4))
+    copier.close(30)
+    assert far.steps() == [1, 4]
+    elsewhere = Checkpoints(tmp_path / "other" / "checkpoints", 2)
+    elsewhere.folder.mkdir(parents=True)
+    assert far.fetch_newest(elsewhere) == elsewhere.path(4)
+    assert elsewhere.steps() == [1, 4]
+    assert elsewhere.best() == elsewhere.path(1)
+    assert damage(elsewhere.path(1)) is None
+
+
+def test_copies_do_not_go_where_the_run_itself_lies(tmp_path):
+    config = Config(run={"root": str(tmp_path), "name": "a"}, checkpoint={"copy_to": f"file://{tmp_path}"})
+    with pytest.raises(ValueError, match=r"copy_to .* is where the run itself lies"):
+        far_folder(config, fresh=True)
 
 
 def test_a_failing_line_is_tried_again(checkpoints, line, tmp_path, said):
