@@ -52,13 +52,13 @@ class Session:
         if resume and init and resume != "auto":
             raise ValueError("--resume and --init exclude each other: a resumed run has its weights")
         self.console = Console()
-        train, val = data_sources(config)
-        # Paths as they are now: the environment that chose them may not be there tomorrow.
-        config = with_resolved_data(config)
-        self.config, self.engine, self.stopping = config, engine, stop
-        self.folder = RunFolder.of(config)
-        self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
         with engine.agreed():
+            train, val = data_sources(config)
+            # Paths as they are now: the environment that chose them may not be there tomorrow.
+            config = with_resolved_data(config)
+            self.config, self.engine, self.stopping = config, engine, stop
+            self.folder = RunFolder.of(config)
+            self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
             if engine.main:
                 self.folder.claim(resume=resume is not None)
                 self.folder.lock()
@@ -114,18 +114,16 @@ class Session:
 
     def _start_watching(self) -> None:
         """Heartbeats and traces; the folder is ours by now, and every rank comes here."""
-        engine, limits = self.engine, self.config.engine
+        engine, run = self.engine, self.engine.gather(uuid.uuid4().hex)[0]
         self.watchdog = Watchdog(
-            self.folder.path,
-            engine.rank,
-            engine.world,
-            run=engine.gather(uuid.uuid4().hex)[0],
+            self.folder.path, engine.rank, engine.world, run=run,
             stall_s=stall_limit(self.config),
-            silent_s=60 * limits.silent_minutes,
+            silent_s=60 * self.config.engine.silent_minutes,
             on_stopped=self.stopping.mark,
-        )
-        watch(self.watchdog)
-        self.traces = Traces(self.folder.path, engine.rank, engine.world, engine.device)
+        )  # fmt: skip
+        with engine.agreed():
+            watch(self.watchdog)
+            self.traces = Traces(self.folder.path, engine.rank, engine.world, engine.device)
 
     def _build(self, checkpoint: Path | None, init: str | None) -> Deblurrer:
         """The module with its first weights and scales; nothing here waits for other ranks."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from train.config import Config
 
 LEAVING_S = 5.0  # a rank that hears of another's end lets its own main thread tell it better
+SEEN_S = 60.0  # for a shared file system to show a file that another node has made
 GRACE_S = 15.0  # for the last notes of a run that ends; its file system may be what hangs
 
 
@@ -68,7 +69,16 @@ class Watchdog:
         self._last: dict[int, Beat] = {}
 
     def start(self) -> None:
-        """Show the first heartbeat and begin to watch; the run's folder is there and ours."""
+        """Show the first heartbeat and begin to watch; rank 0 has made the run's folder and starts too. ValueError
+        where this node does not see that."""
+        deadline = time.monotonic() + SEEN_S
+        while self.rank != 0 and getattr(read_beat(heartbeat_path(self.folder, 0))[0], "run", None) != self.file.run:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{self.file.host} does not see what rank 0 writes in {self.folder}: set run.root to a folder that "
+                    "all nodes share"
+                )
+            time.sleep(0.1)
         self.file.path.parent.mkdir(exist_ok=True)
         self.stacks.unlink(missing_ok=True)
         self.file.write()

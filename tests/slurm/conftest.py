@@ -106,13 +106,13 @@ class Jobs:
         parts = [self.said(name), *(f"--- node {node}\n{text[-3000:]}" for node, text in self.logs(name).items())]
         return "\n".join([*parts, self.cluster.tail()])
 
-    def wait(self, number: int, name: str, state: str = "COMPLETED", seconds: float = 300):
+    def wait(self, number: int, name: str, state: str = "COMPLETED", seconds: float = 600):
         """The job after it has ended in `state`."""
         job = self.cluster.wait(number, seconds)
         assert job.state == state, f"{job}\n{self.everything(name)}"
         return job
 
-    def until_step(self, name: str, step: int, seconds: float = 300) -> None:
+    def until_step(self, name: str, step: int, seconds: float = 600) -> None:
         """Wait until a run has done a step."""
         self.cluster.until(lambda: self.steps(name) >= step, seconds, f"step {step} of {name}\n{self.said(name)}")
 

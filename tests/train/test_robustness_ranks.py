@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, start_ranks
 
-from train import heartbeat
+from train import heartbeat, watchdog
 from train.config import Config
 from train.heartbeat import HeartbeatFile, read_beat
 from train.watchdog import stall_limit
@@ -109,14 +109,15 @@ def test_a_killed_rank_is_named_by_all_others(job):
 
 def test_a_stopped_rank_is_silent_only_once_the_others_wait_for_it(job):
     ranks = job(2)
+    ranks.step(0.5, [0, 1])
     ranks.members[1].send_signal(signal.SIGSTOP)
-    ranks.step(4.0, [0])
+    ranks.step(2.5, [0])
     assert ranks.members[0].poll() is None  # steps went on: it cannot be gone
     status, said = ranks.end_of(0)
     assert status == 1
     assert "rank 1 on " in said
     assert "is silent for" in said
-    assert "phase start, step 1" in said or "phase step, step 1" in said
+    assert "phase step, step 1" in said
     ranks.members[1].send_signal(signal.SIGCONT)
     status, said = ranks.end_of(1)  # awake again, it finds the job over
     assert status == 1
@@ -134,8 +135,8 @@ def test_a_rank_that_fails_tells_the_others_why(job):
 
 
 def test_a_hung_main_thread_ends_with_its_stacks_and_the_rank_furthest_behind(job):
-    ranks = job(2, stall=3.0, silent=60.0)
-    ranks.step(1.0, [0, 1])
+    ranks = job(2, stall=2.0, silent=60.0)
+    ranks.step(0.5, [0, 1])
     ranks.tell(0)
     ranks.tell(0)
     for rank in (0, 1):
@@ -151,10 +152,21 @@ def test_ranks_that_end_in_their_own_time_alarm_nobody(job):
     ranks = job(2)
     ranks.tell(1, "end")
     assert ranks.end_of(1)[0] == 0
-    time.sleep(2.5)
+    time.sleep(1.0)
     assert ranks.members[0].poll() is None
     ranks.tell(0, "end")
     assert ranks.end_of(0) == (0, "")
+
+
+def test_a_node_that_does_not_share_the_runs_folder_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "SEEN_S", 0.3)
+    for folder, run in (("its-own", "one"), ("same", "of yesterday")):
+        first = HeartbeatFile(tmp_path / "same", 0, run)
+        first.path.parent.mkdir(parents=True, exist_ok=True)
+        first.write()
+        dog = watchdog.Watchdog(tmp_path / folder, 1, 2, run="one", stall_s=60, silent_s=60)
+        with pytest.raises(ValueError, match=r"does not see what rank 0 writes in .* all nodes share"):
+            dog.start()
 
 
 def test_a_process_that_cannot_be_looked_at_is_not_called_dead(tmp_path, monkeypatch):
