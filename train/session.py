@@ -121,9 +121,8 @@ class Session:
             silent_s=60 * self.config.engine.silent_minutes,
             on_stopped=self.stopping.mark,
         )  # fmt: skip
-        with engine.agreed():
-            watch(self.watchdog)
-            self.traces = Traces(self.folder.path, engine.rank, engine.world, engine.device)
+        watch(self.watchdog, engine.agreed)
+        self.traces = Traces(self.folder.path, engine.rank, engine.world, engine.device)
 
     def _build(self, checkpoint: Path | None, init: str | None) -> Deblurrer:
         """The module with its first weights and scales; nothing here waits for other ranks."""

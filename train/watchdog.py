@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from train.config import Config
 
 LEAVING_S = 5.0  # a rank that hears of another's end lets its own main thread tell it better
-SEEN_S = 60.0  # for a shared file system to show a file that another node has made
+SEEN_S = 120.0  # for a shared file system to show a file that another node has made
 GRACE_S = 15.0  # for the last notes of a run that ends; its file system may be what hangs
 
 
@@ -206,11 +207,17 @@ class Watchdog:
 _current: Watchdog | None = None
 
 
-def watch(dog: Watchdog) -> None:
-    """Start the watchdog of this process."""
+def watch(dog: Watchdog, agreed: Callable[[], AbstractContextManager] = contextlib.nullcontext) -> None:
+    """Start the watchdog of this process; every rank calls this. agreed: `Engine.agreed`, which tells all of a failure.
+
+    Rank 0's is first: a network file system that was asked too early remembers for a minute that nothing is there.
+    """
     global _current
-    _current = dog
-    dog.start()
+    for first in (True, False):
+        with agreed():
+            if (dog.rank == 0) is first:
+                _current = dog
+                dog.start()
 
 
 def leaving(state: str, message: str) -> None:
