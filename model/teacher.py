@@ -23,7 +23,7 @@ class Teacher(nn.Module):
     strides 4, 8, …, or a plain vision transformer; weights: None or "pretrained", "random" (tests and studies only) or
     a file's path: `EncoderSpec`.
     precision: of the arithmetic, whatever autocast surrounds the call: fp32; bf16 (autocast, the weights stay fp32);
-    auto: bf16 on a GPU, fp32 on a CPU. Features are fp32 tensors in any case.
+    auto: bf16 on a GPU that computes it, else fp32. Features are fp32 tensors in any case.
     compiled: run through torch.compile (once for each kind of input size); the first forward pass fails with ValueError
     where it has no compiler.
     Attributes: `channels` (c_1, …, c_L), `strides` (4, 8, …), `spec`.
@@ -58,7 +58,9 @@ class Teacher(nn.Module):
         """The precision that a forward pass has where the weights are now: fp32 or bf16."""
         if self._precision != "auto":
             return self._precision
-        return "fp32" if self.encoder.mean.device.type == "cpu" else "bf16"
+        if self.encoder.mean.device.type == "cpu" or not torch.cuda.is_bf16_supported(including_emulation=False):
+            return "fp32"
+        return "bf16"
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in eval mode, whatever is asked: a trainer's `.train()` on the whole must not wake the teacher."""

@@ -159,7 +159,7 @@ def _read(path: str, name: str) -> dict[str, torch.Tensor]:
             f"the weights of {name} are absent: no file {path} (weights is 'pretrained', 'random' or a file's path)"
         )
     try:
-        state = read_weights(str(path))
+        state = read_weights(str(path), weights_only=True)  # a pickle may hold code
     except Exception as error:  # a damaged pickle raises from an open-ended family
         raise ValueError(
             f"the weights of {name} cannot be read: {path} is damaged or no weights file ({type(error).__name__})"

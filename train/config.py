@@ -87,7 +87,9 @@ class TeacherSection(Section):
 
 
 def _one_teacher(given: object) -> object:
-    """A single mapping stands for a list of one teacher."""
+    """A single mapping stands for a list of one teacher, `0` in it for that one: `--set model.teacher.0.name=…`."""
+    if isinstance(given, dict) and isinstance(given.get("0"), dict):
+        given = {key: value for key, value in given.items() if key != "0"} | given["0"]
     return [given] if isinstance(given, (dict, TeacherSection)) else given
 
 
@@ -163,8 +165,8 @@ class FeatureSection(Section):
     dtype: Literal["fp16", "int8"] = "fp16"
     """Stored form: fp16, or int8 with one scale a channel."""
     limit_gib: float = Field(default=64.0, gt=0)
-    """Size at which writing stops, GiB; what is cached by then stays of use. Room for the whole plan of crops: photographs
-    × data.boxes_per_photo × bytes of a crop (`sharpprior plan` says them)."""
+    """Size at which writing stops, GiB; what is cached by then stays of use. Room for the whole plan of crops:
+    photographs × data.boxes_per_photo × bytes of a crop (`sharpprior plan` says them)."""
     check_every: int = Field(default=2000, ge=0)
     """Hits of a rank between recomputations of a cached crop, compared with what was read; 0: never."""
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from data.blur import TIERS
 from data.loader import check_crop_fits, validation_count
 from data.shards import ShardSet
-from model.encoder import level_channels
+from model.encoder import EncoderSpec, build_encoder
 from model.summary import summarize
 from train.config import Config
 from train.engine import deepspeed_settings
@@ -20,7 +20,7 @@ from train.launch import world_size
 from train.memory import memory_per_rank
 from train.run_folder import RunFolder
 from train.sources import data_sources, open_sets, pair_loader
-from train.task import build_model, teacher_names, teacher_specs
+from train.task import DeblurTask, build_model, teacher_names
 
 BATCHES_SHOWN = 3
 
@@ -39,8 +39,7 @@ def dry_run(config: Config, ranks: int | None) -> None:
         check_crop_fits(shards, config.data.crop)
     check_crop_fits(val_set, config.eval.crop)
     if config.model.prior:
-        for spec in teacher_specs(config):
-            level_channels(spec)
+        _read_weights(config)
     with torch.device("meta"):
         network = build_model(config)
     size = (config.data.crop, config.data.crop)
@@ -49,6 +48,14 @@ def dry_run(config: Config, ranks: int | None) -> None:
     _print_memory(console, config, network, world, micro)
     _print_run(console, config, world, micro, sets, val_set)
     _print_plan(console, config, sets, world)
+
+
+def _read_weights(config: Config) -> None:
+    """Build the teachers, and a student with weights of its own; ValueError where they are absent or do not fit."""
+    DeblurTask(config, torch.device("cpu"))
+    student = config.model.student
+    if student.name is not None:
+        build_encoder(EncoderSpec(student.name, student.weights, config.model.levels))
 
 
 def _print_model(console: Console, config: Config, counts) -> None:

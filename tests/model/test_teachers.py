@@ -7,6 +7,7 @@ import skimage.data
 import torch
 from safetensors.torch import save_file
 
+from model import weights as weights_of
 from model.teacher import Teacher
 from model.teachers import Teachers
 from model.weights import PACKAGED
@@ -157,6 +158,7 @@ def test_files_that_are_no_weights_are_told(resnet, tmp_path):
     flipped = bytearray((tmp_path / "nested.pth").read_bytes())
     flipped[: len(flipped) // 2] = bytes(len(flipped) // 2)
     (tmp_path / "half.pth").write_bytes(flipped)
+    torch.save({"state_dict": state, "code": Code(tmp_path / "ran")}, tmp_path / "code.pth")
     nested = Teacher("test_resnet", weights=str(tmp_path / "nested.pth"))
     assert nested.fingerprint() == resnet.fingerprint()
     for file, words in (
@@ -164,9 +166,36 @@ def test_files_that_are_no_weights_are_told(resnet, tmp_path):
         ("list.pth", "cannot be read"),
         ("text.pth", "damaged or no weights file"),
         ("half.pth", "damaged or no weights file"),
+        ("code.pth", "damaged or no weights file"),
         ("absent.pth", "no file"),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             Teacher("test_resnet", weights=str(tmp_path / file))
         assert file in str(caught.value)
         assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_code_in_a_weights_file_is_refused_whatever_timms_version_takes_for_granted(resnet, tmp_path, monkeypatch):
+    torch.save(resnet.encoder.net.state_dict(), tmp_path / "sound.pth")
+    asked = []
+    monkeypatch.setattr(weights_of, "read_weights", lambda path, **given: asked.append(given) or torch.load(path))
+    Teacher("test_resnet", weights=str(tmp_path / "sound.pth"))
+    assert asked == [{"weights_only": True}]  # timm 1.0.15 runs any pickle unless it is told
+
+
+def test_precision_auto_is_bf16_only_where_the_gpu_computes_it(resnet, monkeypatch):
+    monkeypatch.setattr(resnet.encoder, "mean", torch.empty(3, device="meta"))  # some device that is no CPU
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, native=native: native)
+        assert resnet.precision == ("bf16" if native else "fp32")

@@ -13,6 +13,7 @@ from model.encoder import EncoderSpec, build_encoder
 from train import ROOT, ablation
 from train.ablation import table
 from train.config_file import ConfigError, configure
+from train.dry_run import dry_run
 from train.export import export_model
 from train.saved import load_model
 from train.schedule import cfl_weight
@@ -106,6 +107,10 @@ def test_the_weight_of_feature_learning_over_the_steps():
 def test_one_teacher_may_be_written_without_a_list_and_overridden():
     one = configure(["model.teacher={name: resnet18}", "model.teacher.weights=random"])
     assert [(each.name, each.weights) for each in one.model.teacher] == [("resnet18", "random")]
+    numbered = configure(["model.teacher.0.name=resnet18", "model.teacher.weights=random", "model.teacher.0.weight=2"])
+    assert numbered.model.teacher[0].model_dump(include={"name", "weights", "weight"}) == {
+        "name": "resnet18", "weights": "random", "weight": 2.0
+    }  # fmt: skip
     listed = ["model.teacher=[{name: resnet18}, {name: test_vit}]", "model.teacher.1.weight=2"]
     assert [each.weight for each in configure(listed).model.teacher] == [1.0, 2.0]
 
@@ -146,6 +151,18 @@ def test_a_teacher_that_cannot_be_says_which_and_why(vit_file, tmp_path):
         with pytest.raises(ValueError, match=words) as caught:
             build_teachers(configure([f"model.teacher={teacher}"]))
         assert "\n" not in str(caught.value)
+
+
+def test_a_dry_run_reads_the_weights_that_the_run_will_need(tmp_path):
+    absent, random = tmp_path / "absent.pth", "{name: test_resnet, weights: random}"
+    for settings in (
+        [f"model.teacher={{name: test_resnet, weights: {absent}}}"],
+        [f"model.teacher={random}", f"model.student={{name: test_resnet, weights: {absent}}}"],
+    ):
+        with pytest.raises(ValueError, match=f"weights of test_resnet are absent: no file {absent}"):
+            dry_run(configure(["model.levels=3", "data.crop=64", *settings]), 1)
+    with pytest.raises(ValueError, match="no classifier behind its deepest level"):
+        dry_run(configure(["model.levels=3", "data.crop=64", "loss.logits=1", f"model.teacher={random}"]), 1)
 
 
 def test_shares_count_training_steps_alone():
