@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ STOP_FILE, STOPPED_FILE = "STOP", "STOPPED"
 REASONS = (*(number.name for number in SIGNALS), f"file {STOP_FILE}")
 LOOK_EVERY_S = 1.0  # between looks for the file STOP: a shared file system is asked no more often
 DEAF_S = 10.0  # for the main thread to end by itself at an interrupt
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SECOND_AFTER_S = 1.0  # launchers pass a terminal's Ctrl-C on to ranks that have had it already: that is no second one
 
 
@@ -30,6 +32,14 @@ class StoppedEarly(BaseException):
 
 def _ending(name: str) -> BaseException:
     return KeyboardInterrupt() if name == "SIGINT" else StoppedEarly(name)
+
+
+def _stop_with_launcher() -> None:
+    """torchrun's and accelerate's agents die of USR1 and USR2, and their ranks, each in a session of its own, would
+    train on with nobody to end them: let the kernel send TERM then. A run without an agent outlives its shell."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(AttributeError, OSError):  # not Linux
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 class StopRequest:
@@ -55,6 +65,7 @@ class StopRequest:
         that is slow to import."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        _stop_with_launcher()
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)

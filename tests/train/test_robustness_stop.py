@@ -163,6 +163,39 @@ def test_the_file_is_looked_for_in_the_claimed_folder_alone_and_not_too_often(tm
     assert any(stop.flags())
 
 
+RANK = """
+import os, sys, time
+from train.signals import StopRequest
+
+stop = StopRequest()
+stop.install()
+stop.begin(0)
+print(os.getpid(), flush=True)
+until = time.monotonic() + 20
+while stop.asked is None and time.monotonic() < until:
+    time.sleep(0.02)
+print(stop.asked, flush=True)
+"""
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_rank_stops_when_its_launcher_is_gone_but_outlives_a_shell(launched):
+    agent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+    environment = {key: value for key, value in os.environ.items() if key != "TORCHELASTIC_RUN_ID"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", agent, RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=environment | ({"TORCHELASTIC_RUN_ID": "none"} if launched else {}),
+    )  # fmt: skip
+    rank = int(launcher.stdout.readline())
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.wait() == -signal.SIGUSR1
+    if not launched:
+        time.sleep(0.5)
+        os.kill(rank, signal.SIGUSR2)  # it is there
+    assert launcher.stdout.readline() == ("SIGTERM\n" if launched else "SIGUSR2\n")
+    launcher.stdout.close()
+
+
 DEAF = """
 import ctypes, sys
 from train import signals
