@@ -39,16 +39,17 @@ class Ema:
 
     Kept in fp32 whatever the weights are (a bf16 average at .9999 does not move). Under ZeRO-3 every rank averages its
     own partition, so the memory is divided as the weights' is. decay 0 makes the average the weights themselves.
+    device: where collectives are done; None: where the averages are.
     """
 
     divided = False  # whether each rank has parts of its own under every ZeRO stage: `MasterEma`
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, device: torch.device | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay {decay}: expected 0 ≤ decay < 1")
         self.decay = decay
         self.updates = 0
-        self._module = module
+        self._module, self._device = module, device
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.averages = {name: local_part(p).detach().float().clone() for name, p in self._parameters.items()}
 
@@ -101,6 +102,7 @@ class Ema:
         average, parameter = self.averages[name], self._parameters[name]
         if not hasattr(parameter, "ds_id"):
             return average
+        average = average.to(self._device)  # offloaded to the host, where GPUs' collectives do not reach
         parts = [torch.empty_like(average) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, average)
         return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from train.config import Config
 from train.launch import settle, world_size
+from train.memory import bucket_elements
 from train.network import shape_network
 from train.precision import autocast, precision_settings, refuse_precision, use_sixteen_bit_parameters
 from train.ranks import meet, my_facts
@@ -152,6 +153,9 @@ class Engine:
             optimizer: Any = _host_adam(groups, lr=optim.lr, betas=optim.betas)
         else:
             optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=self.device.type == "cuda")
+        trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+        zero = self._accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["reduce_bucket_size"] = bucket_elements(self.config.engine, trained)
         self.engine, _ = self._accelerator.prepare(module, optimizer)
 
     def set_learning_rates(self, restorer: float, prior: float) -> None:

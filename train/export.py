@@ -42,6 +42,11 @@ def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{target}: give a folder, or a file whose name ends in {SINGLE}")
     if ((target.parent if single else target) / MANIFEST).is_file():
         raise ValueError(f"{target}: would damage a checkpoint: choose a place outside of the run's checkpoints")
+    place = target.parent if single else target
+    if (place / "checkpoints").is_dir() and (not single or target.name == WEIGHTS):
+        raise ValueError(
+            f"{target}: would be taken for the run's newest model from then on: choose another name or place"
+        )
     if target.resolve() == source.resolve():
         raise ValueError(f"{target}: is the model itself: choose another place")
     files = [target] if single else [target / WEIGHTS, target / CONFIG]

@@ -17,7 +17,7 @@ from train.universal import Piece, pieces
 def averages_of(engine: Engine, decay: float) -> Ema:
     """The average that fits a wrapped engine's precision."""
     sixteen = engine.config.engine.precision in SIXTEEN_BIT_PARAMETERS
-    return MasterEma(engine, decay) if sixteen else Ema(engine.module, decay)
+    return MasterEma(engine, decay) if sixteen else Ema(engine.module, decay, engine.device)
 
 
 class MasterEma(Ema):

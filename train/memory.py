@@ -9,15 +9,36 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from train.config import Config
+from train.config import Config, EngineSection
 from train.network import recompute_blocks
 from train.precision import COMPUTE, SIXTEEN_BIT_PARAMETERS, use_sixteen_bit_parameters
+
+DEEPSPEED_BUCKET = 500_000_000  # elements, its default
+
+
+def bucket_elements(engine: EngineSection, trained: int) -> int:
+    """Elements of each bucket in which ZeRO 1 to 3 reduce gradients: as many as there are, at most DeepSpeed's default,
+    because it allocates its buckets whole."""
+    given = engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size")
+    return int(given or min(DEEPSPEED_BUCKET, trained))
+
+
+def _bucket_bytes(engine: EngineSection, trained: int) -> int:
+    """Of all buckets: one for each type in which gradients travel, ZeRO 1 and 2 hold it in the parameters' type."""
+    if engine.zero == 0:
+        return 0
+    if engine.precision == "bf16":
+        widths = (4, 4) if engine.zero < 3 else (2, 4)
+    else:
+        widths = (2,) if engine.precision in SIXTEEN_BIT_PARAMETERS else (4,)
+    doubled = 2 if engine.overlap_comm and engine.zero < 3 else 1
+    return bucket_elements(engine, trained) * sum(widths) * doubled
 
 
 def memory_per_rank(config: Config, network: nn.Module, world: int, micro: int) -> dict[str, float]:
     """Bytes by purpose for a network (on any device, meta too), and their sum on the device. What lies in host memory
-    says so. The allocator's slack, kernels' scratch space, communication buffers and the parameters that ZeRO 3 gathers
-    for a while come on top."""
+    says so. The allocator's slack, kernels' scratch space, the collectives' own buffers and the parameters that ZeRO 3
+    gathers for a while come on top."""
     engine = config.engine
     count = sum(p.numel() for p in network.parameters() if p.requires_grad)
     sixteen = engine.precision in SIXTEEN_BIT_PARAMETERS
@@ -33,6 +54,7 @@ def memory_per_rank(config: Config, network: nn.Module, world: int, micro: int) 
     entries = (
         ("parameters", part(parameter, engine.zero == 3), host_parameters),
         ("gradients", part(gradient, engine.zero >= 2), host and engine.zero >= 2),
+        *([("gradients' buckets", float(_bucket_bytes(engine, count)), False)] if engine.zero else []),
         ("AdamW's moments" + (", fp32 master" if engine.zero else ""), part(state, engine.zero >= 1), host),
         # They lie where that lies which they are averages of: the master copy in 16-bit runs, else the parameters.
         ("averaged weights", part(4, sixteen or engine.zero == 3), host if sixteen else host_parameters),

@@ -68,6 +68,7 @@ def allowed_stages(config: Config) -> list[int]:
 
 def print_plan(config: Config, cluster: Cluster, console: Console) -> None:
     """Print the plan of a configuration on a cluster."""
+    config = _divisible(config, cluster, console)
     stages = stages_of(config, cluster)
     chosen = next((stage for stage in stages if stage.zero == config.engine.zero), stages[0])
     micro = config.micro_batch(cluster.world)
@@ -80,7 +81,24 @@ def print_plan(config: Config, cluster: Cluster, console: Console) -> None:
     sets, _ = open_sets(config)
     _print_loader(console, config, cluster, chosen, sets)
     _print_checkpoint(console, config, cluster, chosen)
+    if config.engine.offload != "none" or config.engine.offload_parameters != "none":
+        console.print("Offloading: traffic to host memory and the update on the CPU are not in the step's time.")
     _print_assumptions(console, cluster)
+
+
+def _divisible(config: Config, cluster: Cluster, console: Console) -> Config:
+    """The configuration with a batch that the cluster's ranks can share; says so where that is another one."""
+    given, parts = config.train.batch, cluster.world * config.train.accumulation
+    if given % parts == 0:
+        return config
+    batch = -(-given // parts) * parts
+    console.print(
+        f"train.batch {given} does not divide among {cluster.world} ranks × {config.train.accumulation} accumulation "
+        f"steps, so no run would start: planned with {batch} instead; --set train.batch=… plans another multiple of "
+        f"{parts}.",
+        style="yellow",
+    )
+    return config.model_copy(update={"train": config.train.model_copy(update={"batch": batch})})
 
 
 def _print_stages(console: Console, cluster: Cluster, stages: list[Stage], configured: int) -> None:

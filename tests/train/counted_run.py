@@ -26,6 +26,7 @@ def main() -> None:
         steps.append({"moved": moved, "seconds": recorder.seconds, "share": recorder.share})
         if engine.main and engine.config.engine.zero < 3:
             gradients = gradients_of(engine.module)
+            steps[-1]["bucket"] = engine.engine.zero_reduce_bucket_size()
             steps[-1]["gradients"] = [gradients.low, gradients.full, gradients.tensors]
         if engine.main:
             out.write_text(json.dumps(steps))

@@ -68,3 +68,21 @@ def test_decay_0_is_the_weights_themselves():
     assert torch.equal(ema.averages["0.weight"], module[0].weight)
     with pytest.raises(ValueError, match="decay"):
         Ema(module, 1.0)
+
+
+def test_an_offloaded_average_is_gathered_where_collectives_are_done(monkeypatch):
+    """Parameters that ZeRO-3 keeps in host memory have their averages there; NCCL takes tensors of GPUs alone."""
+    module = nn.Linear(3, 1, bias=False)
+    module.weight.ds_id, module.weight.ds_tensor = 0, module.weight.detach().view(-1).clone()
+    module.weight.ds_numel, module.weight.ds_shape = 3, torch.Size((1, 3))
+    seen = []
+
+    def gather(parts, part):
+        seen.extend(tensor.device.type for tensor in (*parts, part))
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
+    ema = Ema(module, 0.9, torch.device("meta"))
+    assert ema.averages["weight"].device.type == "cpu"
+    assert ema.whole("weight").shape == (1, 3)
+    assert seen == ["meta"] * 3

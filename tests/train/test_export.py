@@ -101,6 +101,8 @@ def test_wrong_targets_are_one_line_each(runs, unbroken, tmp_path):
         ((run, "-o", tmp_path / "x", "--dtype", "fp8"), "fp32 or bf16"),
         ((run, "-o", checkpoint, "--overwrite"), "would damage a checkpoint"),
         ((run, "-o", checkpoint / "x.safetensors"), "would damage a checkpoint"),
+        ((run, "-o", run, "--overwrite"), "taken for the run's newest model"),
+        ((run, "-o", run / "model.safetensors"), "taken for the run's newest model"),
         ((target, "-o", target, "--overwrite"), "is the model itself"),
         ((run, "-o", tmp_path / "y", "--checkpoint", "step-7"), "no checkpoint step-7"),
         ((tmp_path / "none.safetensors", "-o", tmp_path / "y"), "no such run"),

@@ -6,7 +6,7 @@ from torch import nn
 
 from model.deblurrer import build_deblurrer
 from train.config import Config
-from train.memory import activation_bytes, memory_per_rank
+from train.memory import activation_bytes, bucket_elements, memory_per_rank
 
 WORLD = 4
 
@@ -30,21 +30,40 @@ def sizes(network: nn.Module, **engine: object) -> tuple[int, dict[str, float]]:
         ({"zero": 0}, {"parameters": 4, "gradients": 4, "AdamW's moments": 8, "averaged weights": 4}),
         (
             {"zero": 2, "precision": "bf16"},
-            {"parameters": 4, "gradients": 1, "AdamW's moments, fp32 master": 3, "averaged weights": 4},
+            {
+                "parameters": 4,
+                "gradients": 1,
+                "gradients' buckets": 8,
+                "AdamW's moments, fp32 master": 3,
+                "averaged weights": 4,
+            },
         ),
         (
             {"zero": 1, "precision": "bf16_params"},
-            {"parameters": 2, "gradients": 2, "AdamW's moments, fp32 master": 3, "averaged weights": 1},
+            {
+                "parameters": 2,
+                "gradients": 2,
+                "gradients' buckets": 2,
+                "AdamW's moments, fp32 master": 3,
+                "averaged weights": 1,
+            },
         ),
         (
             {"zero": 3, "precision": "bf16_params"},
-            {"parameters": 0.5, "gradients": 1, "AdamW's moments, fp32 master": 3, "averaged weights": 1},
+            {
+                "parameters": 0.5,
+                "gradients": 1,
+                "gradients' buckets": 2,
+                "AdamW's moments, fp32 master": 3,
+                "averaged weights": 1,
+            },
         ),
         (
             {"zero": 3, "offload": "cpu", "offload_parameters": "cpu"},
             {
                 "parameters (in host memory)": 1,
                 "gradients (in host memory)": 1,
+                "gradients' buckets": 4,
                 "AdamW's moments, fp32 master (in host memory)": 3,
                 "averaged weights (in host memory)": 1,
             },
@@ -60,7 +79,14 @@ def test_bytes_of_an_element_on_each_of_four_ranks(network, engine, expected):
 def test_what_is_in_host_memory_is_not_in_the_devices_sum(network):
     config = Config(engine={"zero": 3, "offload": "cpu", "offload_parameters": "cpu"}, data={"crop": 64})
     found = memory_per_rank(config, network, WORLD, 1)
-    assert found["sum on the device"] == found["activations"]
+    assert found["sum on the device"] == found["activations"] + found["gradients' buckets"]
+
+
+def test_a_bucket_holds_no_more_than_there_are_gradients_and_what_the_user_says():
+    assert bucket_elements(Config(engine={"zero": 2}).engine, 7) == 7
+    assert bucket_elements(Config(engine={"zero": 2}).engine, 10**10) == 5 * 10**8
+    given = {"zero_optimization": {"reduce_bucket_size": 9}}
+    assert bucket_elements(Config(engine={"zero": 2, "deepspeed": given}).engine, 7) == 9
 
 
 def test_recomputed_blocks_keep_less_and_16_bit_parameters_need_no_copies():
