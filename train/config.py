@@ -81,7 +81,7 @@ class TeacherSection(Section):
     weight: float = Field(default=1.0, gt=0)
     """Share in the feature losses, relative to the other teachers' weights."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the teacher's arithmetic. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Of the teacher's arithmetic. auto: bf16 on a GPU that computes it, else fp32."""
     compile: bool = False
     """Run it through torch.compile, which takes a minute once and needs a C++ compiler (on a GPU: Triton)."""
 

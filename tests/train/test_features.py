@@ -155,13 +155,13 @@ def test_auto_keeps_the_cache_for_a_slow_teacher(tmp_path, photographs, said):
 def test_auto_drops_the_cache_where_reading_takes_longer(tmp_path, photographs, said, monkeypatch):
     features = opened(tmp_path, cache="auto")
     monkeypatch.setattr(features.cache, "probe", lambda keys: (1e3, 1.0))
-    loader = batches(photographs, features.attach, count=30, workers=1)
+    loader = batches(photographs, features.attach, count=20, workers=1)
     found = targets(features, loader)
     assert not features.active
     assert features.hits == 0
     assert any("turned off, it does not pay" in record.getMessage() for record in said.records)
     assert "turned off" in features.summary()
-    plain = targets(opened(tmp_path, cache="off"), batches(photographs, None, count=30))
+    plain = targets(opened(tmp_path, cache="off"), batches(photographs, None, count=20))
     assert_equal(found[-1:], plain[-1:])  # and computes on, unrounded
 
 
@@ -241,6 +241,7 @@ def test_the_summary_counts(tmp_path, photographs):
 
 def test_runs_with_the_cache_off_on_and_read_again_have_the_same_losses(runs, tmp_path):
     settings = {"train__steps": 4, "train__distill_steps": 2, "train__batch": 4, "data__boxes_per_photo": 2}
+    settings |= {"eval__per_tier": 1, "loss__statistics_crops": 8}
     cached = {"features__folder": tmp_path, "features__cache": "on", **settings}
     runs.run("uncached", **settings)
     runs.run("cached", **cached)
