@@ -15,7 +15,7 @@ SLOW = (
     "test_kills",
     "test_robustness_stop",
     "test_robustness_ranks",
-    "test_plan",
+    "test_cluster_plan",
     "test_distillation",
     "test_bad_input",
     "test_cli",
