@@ -56,7 +56,7 @@ def _doing(folder: Path, pid: int) -> str:
     except OSError:
         return "is gone"
     if not (folder / f"{pid}.sample").exists():
-        return "has not started yet"
+        return "has not started yet" + (f" and is {STATES[state]}" if state in STATES else "")
     text = f"is {STATES.get(state, 'waiting')}"
     sample, stack = (_read(folder / f"{pid}.{kind}") for kind in ("sample", "stack"))
     if sample:

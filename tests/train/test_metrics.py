@@ -68,13 +68,14 @@ def score(key: str, tier: str, gain: float) -> Score:
 
 
 def test_parts_of_the_ranks_merge_into_one_evaluation():
-    one = Evaluation([score("a", "severe", 1.0), score("b", "extreme", 0.0)], [0.2], [0.1])
-    two = Evaluation([score("c", "severe", 3.0)], [0.8], [0.4])
+    one = Evaluation([score("a", "severe", 1.0), score("b", "extreme", 0.0)], [0.2], [0.3], [0.1])
+    two = Evaluation([score("c", "severe", 3.0)], [0.8], [0.9], [0.4])
     whole = merge([one, two, Evaluation()])
     assert [row.tier for row in whole.tiers()] == ["severe", "extreme"]
     assert whole.tiers()[0].gain == pytest.approx(2.0)
     assert whole.severe_gain() == pytest.approx(4 / 3)
     assert whole.similarity == [pytest.approx(0.4)]
+    assert whole.student_similarity == [pytest.approx(0.5)]
     assert whole.blurry_similarity == [pytest.approx(0.2)]
     assert [s.key for s in whole.scores] == [s.key for s in merge([two, one]).scores]
 
