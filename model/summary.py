@@ -62,12 +62,14 @@ def summarize(model: nn.Module, size: tuple[int, int] = (256, 256)) -> Summary:
     return Summary(size, _count(model), _count(model, trainable=True), counter.get_total_flops() // 2, parts)
 
 
-def fake_copy(model: nn.Module) -> nn.Module:
-    """Copy the structure with fake CPU tensors in place of the weights; called under a FakeTensorMode."""
+def fake_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Copy the structure with fake CPU tensors in place of the weights, its parameters in `dtype` (None: their own);
+    called under a FakeTensorMode. No memory, no reading."""
     memo = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+        parameter = isinstance(tensor, nn.Parameter)
+        twin = torch.empty(tensor.shape, dtype=(dtype if parameter else None) or tensor.dtype, device="cpu")
+        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if parameter else twin
     return copy.deepcopy(model, memo)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from model.summary import fake_copy
 from train.config import Config, EngineSection
 from train.network import recompute_blocks
 from train.precision import COMPUTE, SIXTEEN_BIT_PARAMETERS, use_sixteen_bit_parameters
@@ -71,8 +71,8 @@ def activation_bytes(config: Config, network: nn.Module, micro: int) -> int:
     saved: dict[int, tuple[int, torch.UntypedStorage]] = {}
     lower = COMPUTE.get(config.engine.precision)
     sixteen = config.engine.precision in SIXTEEN_BIT_PARAMETERS
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        twin = _fake_copy(network, fake, lower if sixteen else None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        twin = fake_copy(network, lower if sixteen else None)
         use_sixteen_bit_parameters(twin, config.engine, torch.device("cpu"))
         if config.engine.checkpointing:
             recompute_blocks(twin)
@@ -90,15 +90,3 @@ def activation_bytes(config: Config, network: nn.Module, micro: int) -> int:
             out = twin(image)
         del out
     return sum(size for size, _ in saved.values())
-
-
-def _fake_copy(network: nn.Module, fake: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
-    """The structure with fake CPU tensors for weights, its parameters in `dtype` (None: their own): no memory, no
-    reading."""
-    memo: dict[int, torch.Tensor] = {}
-    with fake:
-        for tensor in (*network.parameters(), *network.buffers()):
-            parameter = isinstance(tensor, nn.Parameter)
-            twin = torch.empty(tensor.shape, dtype=(dtype if parameter else None) or tensor.dtype, device="cpu")
-            memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if parameter else twin
-        return copy.deepcopy(network, memo)
