@@ -1,5 +1,6 @@
 """Rules of the whole test suite: benchmarks run only with --benchmark-only, tests only without it."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=dropped)
         items[:] = chosen
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
+@pytest.fixture
+def sharpprior(monkeypatch, capsys):
+    """Run the command in this process: (status, stdout, stderr)."""
+    from train.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sharpprior", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, error = capsys.readouterr()
+        return ended.value.code or 0, out, error
+
+    return run

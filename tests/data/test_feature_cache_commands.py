@@ -1,30 +1,13 @@
 """`sharpprior cache stats|verify|clear` on real folders of the feature cache."""
 
-import sys
-
 import pytest
 import torch
 
 from data.feature_cache import CacheSpec, FeatureCache, crop_key, quantise
 from data.feature_folders import default_root
 from data.feature_segments import stems
-from train.cli import main
 
 KEYS = [crop_key("a", (n, 0, 64), False) for n in range(3)]
-
-
-@pytest.fixture
-def sharpprior(monkeypatch, capsys):
-    """Run the command in this process: (status, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sharpprior", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, error = capsys.readouterr()
-        return ended.value.code or 0, out, error
-
-    return run
 
 
 @pytest.fixture

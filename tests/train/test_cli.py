@@ -2,27 +2,10 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-
-from train.cli import main
-
-
-@pytest.fixture
-def sharpprior(monkeypatch, capsys):
-    """Run the command in this process: (status, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sharpprior", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, error = capsys.readouterr()
-        return ended.value.code or 0, out, error
-
-    return run
 
 
 @pytest.mark.parametrize("size", [(33, 47), (200, 131)])
