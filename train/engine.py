@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.config import Config
+from train.host_adam import host_adam
 from train.launch import settle, world_size
 from train.memory import bucket_elements
 from train.network import shape_network
@@ -31,7 +32,7 @@ from train.ranks import meet, my_facts
 OURS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "torch_autocast", "bf16", "bfloat16", "fp16", "amp", "optimizer", "scheduler", "activation_checkpointing",
-    "compile",
+    "compile", "zero_force_ds_cpu_optimizer",
 )  # fmt: skip
 OURS_ZERO = ("stage", "overlap_comm", "offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params")
 
@@ -68,6 +69,8 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip,
         "zero_optimization": zero,
         "steps_per_print": 10**9,
+        # Else Accelerate 1.15 replaces our CPU AdamW by an Adam that adds weight decay to the gradients.
+        "zero_force_ds_cpu_optimizer": False,
         **precision_settings(engine),
     }
     for key, value in engine.deepspeed.items():
@@ -150,7 +153,7 @@ class Engine:
         use_sixteen_bit_parameters(module, self.config.engine, self.device)
         shape_network(module, self.config.engine, self.device)
         if self.config.engine.offload == "cpu":
-            optimizer: Any = _host_adam(groups, lr=optim.lr, betas=optim.betas)
+            optimizer: Any = host_adam(groups, lr=optim.lr, betas=optim.betas)
         else:
             optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=self.device.type == "cuda")
         trained = sum(parameter.numel() for group in groups for parameter in group["params"])
@@ -267,20 +270,6 @@ def zero3_gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContext
 
         return deepspeed.zero.GatheredParameters(parameters)
     return contextlib.nullcontext()
-
-
-def _host_adam(groups: list[dict[str, Any]], **settings: Any) -> Any:
-    """DeepSpeed's AdamW on the CPU, compiled on its first use. ValueError where that does not work."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    try:
-        return DeepSpeedCPUAdam(groups, **settings)
-    except Exception as error:  # compilers fail in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"engine.offload cpu: DeepSpeed's CPU Adam does not compile here ({reason}): install a C++ compiler and "
-            "ninja, or set engine.offload to none"
-        ) from error
 
 
 def _digest(config: Config) -> str:

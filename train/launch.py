@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import tempfile
 from collections.abc import Mapping, MutableMapping
 
 # accelerate's launcher turns a user's own defaults into these variables; here the YAML file alone decides.
@@ -91,10 +90,6 @@ def settle(environ: MutableMapping[str, str], gpus: int) -> list[str]:
     environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if not gpus:
         environ["DS_ACCELERATOR"] = "cpu"
-    # A killed extension build leaves a lock that hangs every later one in the same folder: one folder a job. The ranks
-    # of a node share their launcher, and so its pid.
-    job = environ.get("SLURM_JOB_ID") or f"{os.getppid()}"
-    environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"sharpprior-ext-{job}"))
     return unused
 
 

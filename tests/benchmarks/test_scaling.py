@@ -3,7 +3,9 @@
 pytest tests/benchmarks/test_scaling.py --benchmark-only -s
 
 The same work on every rank, one thread each, gloo on a CPU (nccl where there are two GPUs). efficiency: samples/s of
-two processes over twice those of one; 1 means that the second process costs nothing.
+two processes over twice those of one; 1 means that the second process costs nothing. predicted: what `sharpprior plan`
+computes from the collectives of the stage, given one process's time for a step and the link's measured bandwidth and
+latency; it knows of no cache, memory bandwidth or power that the processes of a machine share.
 """
 
 import json
@@ -34,9 +36,12 @@ def test_weak_scaling_from_one_to_two_processes(benchmark, zero):
     one = measure(1, zero)
     two = benchmark.pedantic(measure, args=(2, zero), rounds=1, iterations=1)
     efficiency = two["samples_s"] / one["samples_s"] / 2
-    benchmark.extra_info.update(one=one, two=two, efficiency=efficiency)
+    predicted = one["step_s"] / (one["step_s"] + two["predicted_communication_s"])
+    benchmark.extra_info.update(one=one, two=two, efficiency=efficiency, predicted_efficiency=predicted)
     print(
-        f"\nZeRO {zero}: {one['samples_s']:.2f} → {two['samples_s']:.2f} samples/s, efficiency {efficiency:.2f}; "
+        f"\nZeRO {zero}: {one['samples_s']:.2f} → {two['samples_s']:.2f} samples/s, efficiency {efficiency:.2f} "
+        f"(predicted {predicted:.2f}, {two['predicted_communication_s'] * 1e3:.1f} ms in collectives of a step of "
+        f"{two['step_s'] * 1e3:.0f} ms); "
         f"in collectives {two['share_in_collectives']:.0%}; {two['bytes_a_step'] / 2**20:.2f} MiB a step issued, "
         f"{two['sent_a_step'] / 2**20:.2f} sent by a ring, of {4 * two['parameters'] / 2**20:.2f} MiB of parameters"
     )
