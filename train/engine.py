@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -35,6 +36,8 @@ OURS = (
     "compile", "zero_force_ds_cpu_optimizer",
 )  # fmt: skip
 OURS_ZERO = ("stage", "overlap_comm", "offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params")
+
+LET_GO_S = 0.2
 
 
 def set_launch_defaults() -> list[str]:
@@ -261,6 +264,9 @@ class Engine:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+            # Gloo's threads outlive the group. One that lets go of the last collective's tensors while Python shuts
+            # down ends the process by SIGABRT after all is done (seen with torch 2.14): it needs the lock for a moment.
+            time.sleep(LET_GO_S)
 
 
 def zero3_gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
