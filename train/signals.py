@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -65,6 +67,8 @@ class StopRequest:
         that is slow to import."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        self._shown = sys.unraisablehook
+        sys.unraisablehook = self._once_more
         _stop_with_launcher()
         read, write = os.pipe()
         os.set_blocking(write, False)
@@ -114,6 +118,16 @@ class StopRequest:
                 again = "; Ctrl-C again interrupts at once" if number == signal.SIGINT else ""
                 with contextlib.suppress(OSError):  # not through the log: what was interrupted may hold its lock
                     os.write(2, f"\n{name}: saving after this step, then stopping{again}\n".encode())
+
+    def _once_more(self, swallowed: sys.UnraisableHookArgs) -> None:
+        """Python swallows what a handler raises inside a destructor or a callback: let the handler run again after."""
+        if isinstance(swallowed.exc_value, (StoppedEarly, KeyboardInterrupt)) and self.asked is not None:
+            number = signal.SIGINT if isinstance(swallowed.exc_value, KeyboardInterrupt) else signal.Signals[self.asked]
+            again = threading.Timer(0.01, _thread.interrupt_main, [number])  # from here it would be swallowed too
+            again.daemon = True
+            again.start()
+        else:
+            self._shown(swallowed)
 
     def _end_if_deaf(self, received: int) -> None:
         """Python calls handlers only when the main thread comes back to it, and a collective that waits for another

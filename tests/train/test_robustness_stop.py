@@ -133,6 +133,34 @@ def test_before_training_a_signal_interrupts(number, raised):
     assert any(stop.flags())
 
 
+SWALLOWED = """
+import os, signal, time
+from train.signals import StoppedEarly, StopRequest
+
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), getattr(signal, "{name}"))
+        time.sleep(0.05)
+
+stop = StopRequest()
+stop.install()
+stop.heed()
+try:
+    Deaf()
+    for _ in range(100):
+        time.sleep(0.01)
+except (StoppedEarly, KeyboardInterrupt) as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(("name", "raised"), [("SIGTERM", "StoppedEarly"), ("SIGINT", "KeyboardInterrupt")])
+def test_what_a_destructor_swallows_is_raised_after_it(name, raised):
+    command = [sys.executable, "-c", SWALLOWED.format(name=name)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == (f"{raised}\n", "")
+
+
 def test_a_second_ctrl_c_interrupts_but_not_the_echo_of_the_first(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("train.signals.time.monotonic", lambda: now[0])
