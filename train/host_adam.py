@@ -7,6 +7,9 @@ import fcntl
 import hashlib
 import os
 import platform
+import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,30 +27,50 @@ def host_adam(groups: list[dict[str, Any]], **settings: Any) -> Any:
     try:
         with _extensions(f"{deepspeed.__version__} {torch.__version__} {platform.python_version()}"):
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    except Exception as error:  # compilers fail in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except OSError as error:
         raise ValueError(
-            f"engine.offload cpu: DeepSpeed's CPU Adam does not compile here ({reason}): install a C++ compiler and "
-            "ninja, or set engine.offload to none"
+            f"engine.offload cpu: no folder for DeepSpeed's compiled CPU Adam ({error}): set TORCH_EXTENSIONS_DIR to a "
+            "folder of your own on this machine, or engine.offload to none"
         ) from error
+    except Exception as error:  # compilers fail in many ways
+        raise ValueError(
+            f"engine.offload cpu: DeepSpeed's CPU Adam does not compile here ({_reason(error)}): install a C++ "
+            "compiler and ninja, or set engine.offload to none"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """First line of what began it, or the first complaint of a compiler in it."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if "error:" in line), lines[0]).strip()
 
 
 @contextlib.contextmanager
 def _extensions(versions: str) -> Iterator[None]:
-    """torch's folder of compiled extensions for the block: one a machine, user and set of versions.
+    """torch's folder of compiled extensions for the block: one a machine, user, and set of versions and tools.
 
     On the machine's own disk, for what is compiled fits its CPU. One process builds or loads at a time, under a lock
-    that ends with the process: the file that torch leaves when a build is killed would hang every later one.
+    that ends with it: the file that older torch leaves when a build is killed would hang every later one. OSError for
+    a folder that cannot be made, or in which others may write.
     """
-    if "TORCH_EXTENSIONS_DIR" in os.environ:
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
         yield
         return
-    name = hashlib.blake2b(f"{versions} {_cpu()}".encode(), digest_size=6).hexdigest()
-    folder = Path(tempfile.gettempdir()) / f"sharpprior-extensions-{os.getuid()}" / name
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.parent.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder.parent} belongs to another user; set TORCH_EXTENSIONS_DIR to a folder of yours")
+    # ninja builds anew where another ninja, compiler or environment has built.
+    tools = f"{sys.prefix} {shutil.which('ninja')} {os.environ.get('CXX')} {shutil.which('c++')}"
+    name = hashlib.blake2b(f"{versions} {tools} {_cpu()}".encode(), digest_size=6).hexdigest()
+    own = Path(tempfile.gettempdir()) / f"sharpprior-extensions-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        own.mkdir(mode=0o700)
+    facts = own.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise PermissionError(f"{own} is not a folder of yours alone")
+    folder = own / name
+    folder.mkdir(exist_ok=True)
     file = os.open(folder / "building", os.O_RDWR | os.O_CREAT, 0o600)
+    before = os.environ.get("TORCH_EXTENSIONS_DIR")
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -55,7 +78,9 @@ def _extensions(versions: str) -> Iterator[None]:
             left.unlink(missing_ok=True)
         yield
     finally:
-        del os.environ["TORCH_EXTENSIONS_DIR"]
+        os.environ.pop("TORCH_EXTENSIONS_DIR")
+        if before is not None:
+            os.environ["TORCH_EXTENSIONS_DIR"] = before
         os.close(file)
 
 

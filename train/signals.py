@@ -60,6 +60,7 @@ class StopRequest:
         self._folder: Path | None = None
         self._heeding = self._training = False
         self._interrupted_at: float | None = None
+        self._raised: tuple[BaseException, int] | None = None  # by the handler, last
         self._looked_at = float("-inf")
 
     def install(self) -> None:
@@ -67,7 +68,8 @@ class StopRequest:
         that is slow to import."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        self._shown = sys.unraisablehook
+        if sys.unraisablehook != self._once_more:
+            self._shown = sys.unraisablehook
         sys.unraisablehook = self._once_more
         _stop_with_launcher()
         read, write = os.pipe()
@@ -105,13 +107,15 @@ class StopRequest:
         if not self._training:
             self.asked = name  # noted even where a destructor swallows what is raised: then the first step stops
             if self._heeding:
-                raise _ending(name)
+                self._raised = _ending(name), number
+                raise self._raised[0]
             return
         if number == signal.SIGINT:
             if self._interrupted_at is None:
                 self._interrupted_at = time.monotonic()
             elif time.monotonic() - self._interrupted_at > SECOND_AFTER_S:
-                raise KeyboardInterrupt
+                self._raised = KeyboardInterrupt(), number
+                raise self._raised[0]
         if self.asked is None:
             self.asked = name
             if os.environ.get("RANK", "0") == "0":
@@ -121,13 +125,13 @@ class StopRequest:
 
     def _once_more(self, swallowed: sys.UnraisableHookArgs) -> None:
         """Python swallows what a handler raises inside a destructor or a callback: let the handler run again after."""
-        if isinstance(swallowed.exc_value, (StoppedEarly, KeyboardInterrupt)) and self.asked is not None:
-            number = signal.SIGINT if isinstance(swallowed.exc_value, KeyboardInterrupt) else signal.Signals[self.asked]
-            again = threading.Timer(0.01, _thread.interrupt_main, [number])  # from here it would be swallowed too
-            again.daemon = True
-            again.start()
-        else:
+        if self._raised is None or swallowed.exc_value is not self._raised[0]:
             self._shown(swallowed)
+            return
+        again = threading.Timer(0.01, _thread.interrupt_main, [self._raised[1]])  # at once it would be swallowed too
+        again.daemon = True
+        with contextlib.suppress(RuntimeError):  # Python is shutting down
+            again.start()
 
     def _end_if_deaf(self, received: int) -> None:
         """Python calls handlers only when the main thread comes back to it, and a collective that waits for another

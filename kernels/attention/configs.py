@@ -38,7 +38,7 @@ BY_ARCHITECTURE: dict[int | str, dict[tuple[str, int], dict[int, tuple[int, int]
     },
     100: {("gram", 2): {64: (32, 8), 128: (64, 8)}},
     "gfx942": {
-        ("reduce", 2): {512: (32, 8)},
+        ("reduce", 2): {64: (64, 4), 512: (32, 8)},
         ("gram", 4): {64: (16, 4)},
         ("gram", 2): {64: (32, 4), 128: (32, 8)},
         ("gradient", 2): {64: (64, 8), 128: (16, 8)},

@@ -8,8 +8,8 @@ loses records, which cost a recomputation), LMDB is measured synced, as it comes
 are interleaved; ratios are of medians. Warm reads are CPU seconds, so a busy machine does not change what is compared.
 
 A writer process writes and deletes another file just before it is timed. A virtual machine that reports free memory to
-its host (virtio-balloon) waits about 5 µs for the host at each page it touches next, ten times what the page costs
-otherwise; a training run that keeps its page cache full does not.
+its host (virtio-balloon) waits about 5 µs for the host at each page it touches next, several times what writing the
+page costs; a training run that keeps its page cache full does not.
 """
 
 import contextlib
@@ -140,12 +140,14 @@ def a_store(name: str, folder: Path, rank: int = 0):
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def have_memory_at_hand(path: Path) -> None:
-    """Take as much page cache as one writer will, and give it back; the guest's kernel keeps it for some 2 s."""
+def have_memory_at_hand(path: Path, barrier) -> None:
+    """Take as much page cache as one writer will, and give it back when all writers have theirs; the guest's kernel
+    keeps it for some 2 s."""
     batch, file = bytes(BATCH * SPEC.record_bytes), os.open(path, os.O_WRONLY | os.O_CREAT)
     for number in range(BATCHES):
         os.pwrite(file, batch, number * len(batch))
     os.close(file)
+    barrier.wait(60)
     path.unlink()
 
 
@@ -154,7 +156,7 @@ def write_share(name: str, folder: Path, rank: int, barrier) -> None:
     torch.set_num_threads(1)
     store = a_store(name, folder, rank)
     keys = [keys_of(rank, batch) for batch in range(BATCHES)]
-    have_memory_at_hand(folder.parent / f"{folder.name}-{rank}")
+    have_memory_at_hand(folder.parent / f"{folder.name}-{rank}", barrier)
     barrier.wait()
     for some in keys:
         store.write(some)
@@ -169,6 +171,7 @@ def seconds_to_write(name: str, folder: Path) -> float:
     writers = [context.Process(target=write_share, args=(name, folder, rank, barrier)) for rank in range(WRITERS)]
     for writer in writers:
         writer.start()
+    barrier.wait(60)
     barrier.wait(60)
     started = time.perf_counter()
     barrier.wait(300)

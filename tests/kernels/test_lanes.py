@@ -3,12 +3,12 @@
 TRITON_INTERPRET and a compiler's target are settled when Triton is imported, so they cannot share this process.
 """
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Shared memory one block may take; a launch that exceeds it fails on the GPU, not in the compiler.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
-# Tiles were chosen with Triton 3.8: what 3.6 compiles for them spills up to 8 bytes, and loads one map narrowly.
-CHOSEN_WITH = (3, 8)
+# Tiles were chosen with Triton 3.8. What 3.6 makes of them: (target, kernel) → spilled bytes, and whether loads narrow.
+BY_OLDER_TRITON = {("sm_80", "level_gradient_kernel"): (8, False), ("sm_90", "prior_gradient_kernel"): (0, True)}
 WIDTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Bilinear gathers from NCHW levels are scalar by nature: neighbouring targets share or skip source pixels.
 GATHERS = ("aggregate_kernel", "share_kernel", "level_gradient_kernel")
@@ -55,12 +55,17 @@ def lanes(tmp_path_factory) -> dict[str, Future]:
     pool.shutdown(cancel_futures=True)
 
 
+def release(package: str) -> tuple[int, int]:
+    """(major, minor) of an installed package."""
+    major, minor, *_ = importlib.import_module(package).__version__.split(".")
+    return int(major), int(minor)
+
+
 @pytest.mark.parametrize("operation", ["attention", "aggregation"])
 def test_kernels_pass_the_same_tests_in_the_interpreter(lanes, operation):
+    if release("triton") == (3, 6) and release("numpy") >= (2, 4):
+        pytest.skip("Triton 3.6 interprets with NumPy below 2.4 only: pip install 'numpy<2.4' for this test")
     code, output, _ = lanes[operation].result()
-    if code and "only 0-dimensional arrays can be converted to Python scalars" in output:
-        packages = f"Triton {version('triton')} does not interpret with NumPy {version('numpy')}"
-        pytest.skip(f"{packages}: it turns arrays of one element into numbers; pip install 'numpy<2.4' for this test")
     assert code == 0, output[-6000:]
 
 
@@ -77,13 +82,14 @@ def test_every_chosen_kernel_compiles_within_its_budget(lanes, target):
     }
     for width in WIDTHS:
         assert any(f"C={width} " in build["case"] for build in builds), f"nothing compiled for C = {width}"
-    over, older = [], tuple(map(int, version("triton").split(".")[:2])) < CHOSEN_WITH
+    over, excused = [], BY_OLDER_TRITON if release("triton") < (3, 8) else {}
     for build in builds:
         gather = build["kernel"] in GATHERS
         scattered = "NCHW" in build["case"] or target == "gfx942" or build["kernel"] == "level_gradient_kernel"
         narrow = "N=1 " in build["case"] or (gather and scattered)
         too_narrow = build["wide"] * (5 if gather else 3) < build["loads"] and not narrow
         too_big = build["shared"] > SHARED_MEMORY[target] or build["registers"] > REGISTERS[target]
-        if build["spills"] > 8 * older or too_big or (too_narrow and not older):
+        spilled, narrowed = excused.get((target, build["kernel"]), (0, False))
+        if build["spills"] > spilled or too_big or (too_narrow and not narrowed):
             over.append(build)
     assert not over, "\n".join(map(str, over))
