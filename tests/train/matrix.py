@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from launchers import LAUNCHERS, finish, start
 
 STEPS, DISTILL = 6, 2
-# Largest difference of a loss (seen: 5.9e-5 and 1.2e-3). bf16 keeps 8 bits: how a batch is split decides how sums inside
+# Largest difference of a loss (seen 5.9e-5 and 1.2e-3). bf16 keeps 8 bits: how a batch is split decides how sums inside
 # it are rounded, by 2^-9 of a term; gradients then differ by as much, and the losses of the next steps too.
 TOLERANCE = {"fp32": 1e-4, "bf16": 4e-3}
 
