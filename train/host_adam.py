@@ -24,19 +24,21 @@ def host_adam(groups: list[dict[str, Any]], **settings: Any) -> Any:
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    try:
-        with _extensions(f"{deepspeed.__version__} {torch.__version__} {platform.python_version()}"):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_extensions(f"{deepspeed.__version__} {torch.__version__} {platform.python_version()}"))
+        except OSError as error:
+            raise ValueError(
+                f"engine.offload cpu: no folder for DeepSpeed's compiled CPU Adam ({error}): set TORCH_EXTENSIONS_DIR "
+                "to a folder of your own on this machine, or engine.offload to none"
+            ) from error
+        try:
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    except OSError as error:
-        raise ValueError(
-            f"engine.offload cpu: no folder for DeepSpeed's compiled CPU Adam ({error}): set TORCH_EXTENSIONS_DIR to a "
-            "folder of your own on this machine, or engine.offload to none"
-        ) from error
-    except Exception as error:  # compilers fail in many ways
-        raise ValueError(
-            f"engine.offload cpu: DeepSpeed's CPU Adam does not compile here ({_reason(error)}): install a C++ "
-            "compiler and ninja, or set engine.offload to none"
-        ) from error
+        except Exception as error:  # compilers fail in many ways
+            raise ValueError(
+                f"engine.offload cpu: DeepSpeed's CPU Adam does not compile here ({_reason(error)}): install a C++ "
+                "compiler and ninja, or set engine.offload to none"
+            ) from error
 
 
 def _reason(error: BaseException) -> str:
