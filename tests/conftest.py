@@ -6,23 +6,6 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
-# Files that take minutes go first, so that they do not run alone at the end of a parallel run.
-SLOW = (
-    "test_slurm",
-    "test_ranks",
-    "test_universal",
-    "test_lanes",
-    "test_runs",
-    "test_kills",
-    "test_robustness_stop",
-    "test_robustness_ranks",
-    "test_cluster_plan",
-    "test_distillation",
-    "test_bad_input",
-    "test_cli",
-    "test_prepare",
-    "test_loader",
-)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,13 +15,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = chosen
-    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+    # What takes minutes begins first, so that it does not run alone at the end of a parallel run.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture
 def sharpprior(monkeypatch, capsys):
     """Run the command in this process: (status, stdout, stderr)."""
-    from train.cli import main
+    from train.cli.app import main
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sharpprior", *map(str, arguments)])

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def checkout_first() -> None:
     """Put the checkout first in `sys.path`, and take the folder of this package out of it (`train/main.py` run as a
-    script puts it there, where `train/metrics` and `train/config.py` would shadow other people's modules)."""
+    script puts it there, where `train/config` and `train/run` would shadow other people's modules)."""
     unwanted = {str(ROOT), str(ROOT / "train")}
     sys.path[:] = [str(ROOT), *(entry for entry in sys.path if entry not in unwanted)]
 

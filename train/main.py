@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before other packages called `train` or `data`
 
-from train.signals import StopRequest
+from train.watch.signals import StopRequest
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -31,18 +31,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace, stop: StopRequest) -> None:
-    from train.config_file import load_config
+    from train.config.file import load_config
 
     stop.heed()
     config = load_config(args.config, args.set)
 
     # Imported here, so that a wrong key is told in a second.
-    from train.dry_run import dry_run
-    from train.engine import Engine
-    from train.health import check_health
-    from train.loop import training_step
-    from train.nonfinite import BadSteps
-    from train.session import Session
+    from train.engine.engine import Engine
+    from train.plan.dry_run import dry_run
+    from train.run.bad_steps import BadSteps
+    from train.run.session import Session
+    from train.run.step import training_step
+    from train.watch.health import check_health
 
     if args.dry_run:
         if args.resume or args.init:
@@ -80,7 +80,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
 def main() -> int:
     args, stop = parse(sys.argv[1:]), StopRequest()
     stop.install()  # before torch, whose import takes seconds
-    from train.failure import explained
+    from train.watch.failure import explained
 
     return explained(lambda: train(args, stop), stop)
 

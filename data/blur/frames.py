@@ -12,8 +12,10 @@ from data.blur.photometry import decode, encode, response_curve
 
 # Frames per window that GoPro's average over (Nah et al., CVPR 2017, use 7–13; longer ones are severer).
 GOPRO_LEVELS = (7, 11, 15, 19, 23, 31)
+
 # Motion between frames is that of the fastest pixels, this quantile; above it flow is mostly mistakes.
 _FASTEST = 0.98
+
 # Most frames put between two: a gap that needs more is a cut, not a motion.
 _MAX_SUBFRAMES = 64
 

@@ -13,6 +13,7 @@ from data.blur.config import PhotometryConfig
 
 # The display value (code/255) from which the brightest channel of a pixel counts as a highlight.
 HIGHLIGHT_FROM = 0.92
+
 # Forward curves are tabulated over sqrt(linear light): every curve is gentle there, so that one entry moves the result
 # by less than .03 of a code even in deep shadow.
 _ENTRIES = 16384

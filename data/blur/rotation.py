@@ -13,6 +13,7 @@ from data.blur.trajectory import gaussian_process_path
 # a streak has no gaps.
 _STEP = 1.5
 _POSES = (12, 160)
+
 # Most px by which the light of any pixel of a crop may come, on average, from beside the pixel.
 _SHIFT = 0.015
 

@@ -16,8 +16,9 @@ import cv2
 import numpy as np
 
 from data.errors import DataError
+from data.files import write_atomically
 from data.image import encode_jpeg
-from data.shards import ShardWriter, write_atomically
+from data.shards.write import ShardWriter
 
 TILE = 512
 PACKAGE = "lomiri-wallpapers-16.04 20.04.0-2 (Debian)"
@@ -27,6 +28,7 @@ LICENCES = {
 }
 _AITZOL = ("Aitzol Berasategi", "2018", "CC-BY-4.0")
 _FREESPACE = ('Trevor "Freespace"', "2018", "CC-BY-4.0")
+
 # title: (file, (author, year, licence), split, [(scale, top, left) of each tile, px of the reduced photograph])
 PHOTOGRAPHS = {
     "friends": ("friends_by_Aitzol_Berasategi.jpg", _AITZOL, "train",

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from model.deblurrer import build_deblurrer
-from train.collectives import recorded
-from train.config import Config
-from train.engine import Engine
-from train.plan import Cluster, Work, collectives, gradients_of, step_time
+from tests.train.workers.recorder import recorded
+from train.config.schema import Config
+from train.engine.engine import Engine
+from train.plan.cost import Cluster, Work, collectives, gradients_of, step_time
 
 PAIRS, CROP, WARM_UP = 2, 96, 2  # pairs a rank: the work of a rank does not depend on how many there are
 LINK_ELEMENTS = 1 << 20
@@ -41,7 +41,7 @@ def link(engine: Engine) -> tuple[float, float]:
 
 
 def main(zero: int, steps: int) -> None:
-    from train.launch import world_size
+    from train.engine.launch import world_size
 
     config = Config(engine={"zero": zero, "cpu_threads": 1}, train={"batch": PAIRS * world_size()})
     engine = Engine(config)

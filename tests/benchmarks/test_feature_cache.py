@@ -25,9 +25,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.feature_cache import CacheSpec, FeatureCache, crop_key, dequantise, quantise
-from data.feature_codec import decode
-from data.feature_segments import crc32
+from data.feature_cache.cache import FeatureCache
+from data.feature_cache.codec import decode, dequantise, quantise
+from data.feature_cache.segments import crc32
+from data.feature_cache.spec import CacheSpec, crop_key
 from data.workers import worker_context
 
 LEVELS = ((24, 48, 48), (40, 24, 24), (112, 12, 12), (320, 6, 6))

@@ -17,10 +17,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data.blur import BlurConfig
-from data.loader import PairLoader
-from data.plan import Plan
-from data.shards import ShardSet, ShardWriter
-from data.stream import Sources
+from data.shards.set import ShardSet
+from data.shards.write import ShardWriter
+from data.stream.loader import PairLoader
+from data.stream.order import Plan
+from data.stream.pairs import Sources
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
 PHOTOGRAPHS = 200

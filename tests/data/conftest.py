@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from pictures import picture
 
 from data.image import encode_jpeg, encode_png
-from data.shards import ShardWriter
+from data.shards.write import ShardWriter
+from tests.data.pictures import picture
 
 
 @pytest.fixture

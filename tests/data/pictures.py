@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.plan import derived_rng
+from data.stream.order import derived_rng
 
 
 def picture(number: int, height: int = 64, width: int = 64) -> np.ndarray:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from data.image import decode_image
 from data.samples.make_samples import LICENCES, PHOTOGRAPHS, TILE, attribution, sharpness
-from data.shards import ShardSet
-from data.verify import verify
+from data.shards.set import ShardSet
+from data.shards.verify import verify
 
 ROOT = Path(__file__).parents[2] / "data" / "samples"
 

@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from numerics import assert_close_as_eager, fenced_copy, with_gradients
 
 from kernels.aggregation.reference import composed_aggregation
 from kernels.cases import aggregation_case, call_aggregation
 from kernels.runtime import INTERPRETING
+from tests.kernels.numerics import assert_close_as_eager, fenced_copy, with_gradients
 
 # batch, target, sizes of the levels, D, G: equal, smaller, larger, mixed, one column, one pixel, five levels, several
 # channel tiles, several pixel blocks. Small, for the interpreter takes milliseconds an operation.

@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from numerics import assert_close_as_eager, fenced_copy, with_gradients
 
 from kernels.attention.algebra import Weights
 from kernels.attention.reference import composed_attention
 from kernels.cases import attention_case, call_attention
 from kernels.runtime import INTERPRETING
+from tests.kernels.numerics import assert_close_as_eager, fenced_copy, with_gradients
 
 # B, C, H, W, D, heads: odd sizes, H ≠ W, one column, one pixel, padded widths, several tiles of the kernels.
 SHAPES = [

@@ -109,7 +109,7 @@ def test_weights_depend_on_the_seed_alone():
 
 def test_the_student_starts_from_the_teacher_s_weights_and_features():
     from model.teacher import Teacher
-    from train.losses import CrossLevelFeatureLoss
+    from train.objective.cross_level import CrossLevelFeatureLoss
 
     teacher, model = Teacher(), build_deblurrer(backbone=SMALL, fusion_width=16)
     x = image(2, 3, 64, 64)

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = Path(os.path.abspath(HERE)).parents[1]
-sys.path.insert(0, str(HERE))
+from tests.slurm.cluster import Cluster, ClusterError, missing
+from tests.train.runs import TINY, Runs
 
-from cluster import Cluster, ClusterError, missing  # noqa: E402
-
-
-def _training_tests() -> ModuleType:
-    """tests/train/conftest.py under a name of its own: what it says about small runs holds here too."""
-    folder = ROOT / "tests" / "train"
-    sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location("training_tests", folder / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+ROOT = Path(os.path.abspath(__file__)).parents[2]
 
 
 def cannot(reason: str) -> None:
@@ -69,13 +56,12 @@ class Jobs:
 
     def __init__(self, cluster: Cluster, root: Path) -> None:
         self.cluster = cluster
-        self.training = _training_tests()
-        self.runs = self.training.Runs(root)
+        self.runs = Runs(root)
         self.root = root
 
     def submit(self, name: str, *options: str, environment: dict[str, str] | None = None, **changes: object) -> int:
         """Number of a job for the run `name`; options: sbatch's; changes: configuration keys with `__` for dots."""
-        values = {"data.train": self.runs.train, "data.val": self.runs.val, **self.training.TINY, "engine.zero": 2}
+        values = {"data.train": self.runs.train, "data.val": self.runs.val, **TINY, "engine.zero": 2}
         values |= {"data.workers": 0, "eval.per_tier": 1, "eval.panels": 1}
         values |= {key.replace("__", "."): value for key, value in changes.items()}
         script = ["slurm/train_multinode.sh", str(self.root / "tiny.yaml")]

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from data.shards import ShardSet, ShardWriter
+from data.shards.set import ShardSet
+from data.shards.write import ShardWriter
 
 BUNDLED = Path(__file__).parents[2] / "data" / "samples"
 

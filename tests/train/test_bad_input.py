@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def one_line(error: str) -> str:
     lines = [line for line in error.splitlines() if line.startswith("error: ")]

@@ -1,0 +1,1 @@
+"""The node's disk keeps a frozen teacher's features of planned crops."""

@@ -1,0 +1,1 @@
+"""Looking at data: contact sheets and statistics of what a run would train on."""

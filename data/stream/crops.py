@@ -1,0 +1,81 @@
+"""Which crop of a photograph a visit takes: one of K boxes fixed for ever, so that cached features are found again."""
+
+from dataclasses import dataclass
+
+from data.errors import DataError
+from data.shards.set import ShardSet
+from data.stream.order import derived_rng
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square crop: box `number` of the photograph's plan, top-left corner and size in px, mirrored or not."""
+
+    number: int
+    top: int
+    left: int
+    size: int
+    flip: bool
+
+    @property
+    def box(self) -> tuple[int, int, int]:
+        """(top, left, size) px."""
+        return self.top, self.left, self.size
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """K boxes of `size` px a photograph, `boxes=0` for a new box at every visit.
+
+    Boxes keep `margin` px away from the photograph's edge as far as its size allows: blur reads light from beyond the
+    crop, and what lies outside the photograph would have to be made up by reflection. Flip is part of the box.
+    """
+
+    size: int
+    seed: int
+    boxes: int = 16
+    margin: int = 80
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.boxes < 0 or self.margin < 0:
+            raise DataError(
+                f"crop {self.size} px, {self.boxes} boxes, margin {self.margin} px: must not be negative (crop ≥ 1)"
+            )
+
+    def at(self, key: str, height: int, width: int, number: int) -> Crop:
+        """Box `number` of the photograph `key` of height × width px; DataError where the photograph is smaller."""
+        if height < self.size or width < self.size:
+            raise DataError(
+                f"sample {key}: {height}×{width} px is smaller than the crop of {self.size} px; lower data.crop"
+            )
+        rng = derived_rng("box", self.seed, key, number)
+        corner = []
+        for side in (height, width):
+            room = side - self.size
+            edge = min(self.margin, room // 2)
+            corner.append(int(rng.integers(edge, room - edge, endpoint=True)))
+        return Crop(number, corner[0], corner[1], self.size, bool(rng.integers(2)))
+
+    def visit(self, key: str, height: int, width: int, visit: int) -> Crop:
+        """The crop of the photograph's `visit`-th visit: in every K visits all K boxes come once, shuffled."""
+        if self.boxes == 0:
+            return self.at(key, height, width, visit)
+        turn, place = divmod(visit, self.boxes)
+        number = int(derived_rng("turn", self.seed, key, turn).permutation(self.boxes)[place])
+        return self.at(key, height, width, number)
+
+
+def check_crop_fits(shards: ShardSet, crop: int) -> None:
+    """DataError naming the first sample that is smaller than the crop, and how many are."""
+    small = [
+        (shard, row, int(min(shard.heights[row], shard.widths[row])))
+        for shard in shards.shards
+        for row in ((shard.heights < crop) | (shard.widths < crop)).nonzero()[0]
+    ]
+    if small:
+        shard, row, _ = small[0]
+        raise DataError(
+            f"{shards.location}/{shard.name}: sample {shard.keys[row]} of {shard.heights[row]}×{shard.widths[row]} px "
+            f"is smaller than the crop of {crop} px ({len(small)} of {len(shards)} are); lower data.crop to "
+            f"{min(side for *_, side in small)} or prepare larger tiles (--tile 0: pictures stay whole)"
+        )

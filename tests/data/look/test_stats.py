@@ -1,0 +1,42 @@
+"""Statistics of a set describe what training will see."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.blur import BlurConfig
+from data.errors import DataError
+from data.image import decode_image
+from data.look.stats import EXTENT_EDGES, set_stats, tier_shares, write_histogram
+
+SAMPLES = Path(__file__).parents[3] / "data" / "samples"
+
+
+def test_tiers_come_in_their_shares_with_extents_inside_their_bounds(tmp_path):
+    stats = set_stats(SAMPLES / "train", BlurConfig(), pairs=240, crop=96)
+    assert stats.pairs == sum(tier.count for tier in stats.tiers) == sum(stats.histogram) == 240
+    wanted = tier_shares(BlurConfig())
+    for tier in stats.tiers:
+        # four standard errors of a share
+        assert abs(tier.share - wanted[tier.tier]) < 4 * (wanted[tier.tier] * (1 - wanted[tier.tier]) / 240) ** 0.5
+    medians = {tier.tier: tier.psnr[1] for tier in stats.tiers}
+    assert medians["moderate"] > medians["severe"] > medians["extreme"]
+    bounds = {tier.tier: (tier.extent[0], tier.extent[2]) for tier in stats.tiers}
+    assert 30 <= bounds["severe"][0] <= bounds["severe"][1] <= 80
+    text = "\n".join(stats.lines())
+    assert "40 samples in 2 shards" in text
+    assert "512×512" in text
+    picture = decode_image(write_histogram(tmp_path / "new" / "h.png", stats).read_bytes())
+    assert len(np.unique(picture[..., 2])) > 2
+    assert len(stats.histogram) == len(EXTENT_EDGES) - 1
+
+
+def test_recorded_pairs_have_psnr_but_no_extent(make_set):
+    stats = set_stats(make_set([3], kind="pairs"), BlurConfig(), pairs=5, crop=32)
+    (tier,) = stats.tiers
+    assert (tier.tier, tier.count) == ("paired", 5)
+    assert np.isfinite(tier.psnr).all()
+    assert stats.lines()
+    with pytest.raises(DataError, match="at least one"):
+        set_stats(make_set(name="other"), BlurConfig(), pairs=0)

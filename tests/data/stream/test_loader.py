@@ -1,0 +1,442 @@
+"""The stream of pairs: one order for any ranks and workers, whole pairs only, clear errors, a clean end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+
+from data.blur import TIERS, BlurConfig
+from data.errors import DataError
+from data.image import encode_jpeg, encode_png
+from data.shards.set import ShardSet
+from data.shards.write import ShardWriter
+from data.stream.loader import PairLoader
+from data.stream.validation import validation_count, validation_pairs
+from data.workers import init_worker
+from tests.data.pictures import picture
+
+pytestmark = pytest.mark.slow
+
+BLUR = BlurConfig()
+TENSORS = ("blurry", "sharp", "box", "crop", "flip", "epoch", "source", "position", "extent", "input_psnr")
+NAMES = ("key", "image", "tier", "generator")
+SAMPLES = Path(__file__).parents[3] / "data" / "samples"
+
+
+def loader(sets, **options) -> PairLoader:
+    return PairLoader(sets, BLUR, **{"crop": 32, "global_batch": 4, "seed": 3, "batches": 4, "margin": 8} | options)
+
+
+def merged(parts: list[list[dict]]) -> list[dict]:
+    """Global batches of the ranks' batches, ranks in order."""
+    return [
+        {name: torch.cat([batch[name] for batch in batches]) for name in TENSORS}
+        | {name: [value for batch in batches for value in batch[name]] for name in NAMES}
+        for batches in zip(*parts, strict=True)
+    ]
+
+
+def assert_same(one: list[dict], two: list[dict]) -> None:
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        for name in TENSORS:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, equal_nan=True)
+        for name in NAMES:
+            assert a[name] == b[name]
+
+
+@pytest.fixture
+def one_process(make_set):
+    root = make_set([3, 2])
+    return root, list(loader(root))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_ranks_and_workers_make_the_same_global_batches_bit_for_bit(one_process, world, workers):
+    root, expected = one_process
+    parts = [list(loader(root, rank=rank, world=world, workers=workers)) for rank in range(world)]
+    assert_same(merged(parts), expected)
+
+
+def test_accumulation_cuts_the_same_global_batches(one_process):
+    root, expected = one_process
+    batches = list(loader(root, accumulation=2))
+    assert [len(batch["key"]) for batch in batches] == [2] * 8
+    assert_same(merged([batches[0::2], batches[1::2]]), expected)
+    assert [batch["samples_consumed"] for batch in batches] == [0, 4, 4, 8, 8, 12, 12, 16]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_from_samples_consumed_goes_on_exactly(one_process, workers):
+    root, expected = one_process
+    state = next(iter(loader(root)))["samples_consumed"]
+    assert state == 4
+    assert_same(list(loader(root, start=state, batches=3, workers=workers)), expected[1:])
+
+
+def test_batches_hold_what_they_say(one_process):
+    root, batches = one_process
+    assert torch.cat([batch["position"] for batch in batches]).tolist() == list(range(16))
+    for batch in batches:
+        assert batch["blurry"].shape == batch["sharp"].shape == (4, 3, 32, 32)
+        assert batch["blurry"].dtype == batch["sharp"].dtype == torch.uint8
+        assert batch["extent"].dtype == torch.float32
+        for i, key in enumerate(batch["key"]):
+            sharp = ShardSet(root).read(int(key[1:]), "jpg")
+            from data.image import decode_image
+
+            top, left, size = batch["box"][i].tolist()
+            crop = decode_image(sharp)[top : top + size, left : left + size]
+            crop = crop[:, ::-1] if batch["flip"][i] else crop
+            np.testing.assert_array_equal(batch["sharp"][i].numpy().transpose(1, 2, 0), crop)
+
+
+def test_crops_come_from_a_finite_plan_and_blur_varies(make_set):
+    root = make_set([2])
+    batches = list(loader(root, boxes=2, batches=12))
+    boxes, blurs = {}, set()
+    for batch in batches:
+        for i, image in enumerate(batch["image"]):
+            place = (image, int(batch["crop"][i]))
+            found = (*batch["box"][i].tolist(), bool(batch["flip"][i]))
+            assert boxes.setdefault(place, found) == found
+            blurs.add(batch["blurry"][i].numpy().tobytes())
+    assert len(boxes) == 4
+    assert len(blurs) == 48
+
+
+def test_several_crops_a_decode_are_different_crops_of_one_photograph(make_set):
+    root = make_set([3, 2])
+    batches = list(loader(root, crops_per_decode=2))
+    for batch in batches:
+        assert batch["key"][0::2] == batch["key"][1::2]
+        assert (batch["crop"][0::2] != batch["crop"][1::2]).all()
+    parts = [list(loader(root, crops_per_decode=2, rank=rank, world=4)) for rank in range(4)]
+    assert_same(merged(parts), batches)
+
+
+def test_recorded_pairs_are_cut_not_synthesized(make_set):
+    root = make_set([3], kind="pairs")
+    for batch in loader(root):
+        assert torch.equal(batch["blurry"], 255 - batch["sharp"])
+        for i, crop in enumerate(batch["sharp"]):
+            top, left, size = batch["box"][i].tolist()
+            cut = picture(int(batch["key"][i][1:]))[top : top + size, left : left + size]
+            assert np.array_equal(crop.permute(1, 2, 0).numpy(), cut[:, ::-1] if batch["flip"][i] else cut)
+        assert batch["tier"] == ["paired"] * 4
+        assert batch["extent"].isnan().all()
+        assert torch.isfinite(batch["input_psnr"]).all()
+
+
+def test_weighted_sources_mix_in_one_stream(make_set):
+    roots = [make_set([3], name="a", prefix="a"), make_set([4], name="b", prefix="b", kind="pairs")]
+    batches = list(loader(roots, weights=[1, 1], batches=8))
+    sources = torch.cat([batch["source"] for batch in batches])
+    assert 8 <= int(sources.sum()) <= 24
+    assert_same(merged([list(loader(roots, batches=8, rank=rank, world=2)) for rank in range(2)]), batches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pairs_rendered_on_a_device_are_the_workers_pairs_up_to_rounding(make_set, workers):
+    roots = [make_set([3], name="a", prefix="a"), make_set([2], name="b", prefix="b", kind="pairs")]
+    # JPEG rounds a difference of 1 code to another block; everything else must agree to the last code or the next.
+    blur = BlurConfig(photometry={"jpeg": {"probability": 0}})
+    options = {"crop": 32, "global_batch": 4, "seed": 3, "batches": 4, "margin": 8, "workers": workers}
+    expected, found = (list(PairLoader(roots, blur, **options, device=device)) for device in (None, "cpu"))
+    assert len(found) == len(expected) == 4
+    for a, b in zip(expected, found, strict=True):
+        assert set(a) == set(b)
+        assert torch.equal(a["sharp"], b["sharp"])
+        assert (a["blurry"].int() - b["blurry"].int()).abs().max() <= 1
+        for name in (*NAMES, "samples_consumed"):
+            assert a[name] == b[name]
+        for name in ("box", "crop", "flip", "extent"):
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(a["input_psnr"], b["input_psnr"], rtol=0, atol=0.05)
+
+
+def test_pipeline_is_a_webdataset_pipeline(make_set):
+    assert isinstance(loader(make_set()).pipeline, wds.DataPipeline)
+
+
+def test_waiting_and_pairs_are_counted(make_set):
+    stream = loader(make_set())
+    list(stream)
+    assert stream.pairs == 16
+    assert stream.wait_s > 0
+
+
+# -- bad data ---------------------------------------------------------------------------------------------------------
+
+
+def damage(root: Path, number: int) -> str:
+    """Flip one byte of a sample's image; returns its key."""
+    shards = ShardSet(root)
+    shard, row = shards.locate(number)
+    offset, size, _ = (int(value) for value in shards.shards[shard].members[shards.image_member(number)][row])
+    with open(root / shards.shards[shard].name, "r+b") as file:
+        file.seek(offset + size // 2)
+        byte = file.read(1)
+        file.seek(offset + size // 2)
+        file.write(bytes([byte[0] ^ 0x10]))
+    return shards.shards[shard].keys[row]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_sample_is_one_clear_line_naming_shard_and_sample(make_set, workers):
+    root = make_set([3, 2])
+    key, before = damage(root, 1), children()
+    with pytest.raises(DataError, match=rf"s_00000\.tar: sample {key}") as caught:
+        list(loader(root, workers=workers))
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    if workers and Path("/proc").is_dir():  # stopped at once, though `caught` still holds the loader's frames
+        assert wait_until(lambda: children() - before == set())
+
+
+@pytest.mark.parametrize("kind", ["sharp", "pairs"])
+def test_bad_samples_below_the_limit_are_replaced_reported_and_the_same_everywhere(make_set, caplog, kind):
+    root = make_set([5, 5], kind=kind)
+    key = damage(root, 7)
+    stream = loader(root, batches=5, max_bad_fraction=0.2)
+    batches = list(stream)
+    assert all(len(batch["key"]) == 4 for batch in batches)
+    assert all(key not in batch["key"] for batch in batches)
+    assert stream.bad == {f"{root}/s_00001.tar": {key}}
+    assert caplog.text.count("bad sample replaced") == 1
+    assert key in caplog.text
+    if kind == "pairs":
+        assert all(torch.equal(batch["blurry"], 255 - batch["sharp"]) for batch in batches)
+    options = {"batches": 5, "max_bad_fraction": 0.5, "world": 2, "workers": 1}
+    assert_same(merged([list(loader(root, rank=rank, **options)) for rank in range(2)]), batches)
+
+
+def test_bad_samples_above_the_limit_stop_the_run_with_counts(make_set):
+    root = make_set([5, 5])
+    for number in (1, 7, 8):
+        damage(root, number)
+    with pytest.raises(DataError, match=r"3 bad samples exceed max_bad_fraction 0\.2.*s_00001\.tar: "):
+        list(loader(root, batches=5, max_bad_fraction=0.2))
+
+
+def test_torn_and_missing_shards_stop_the_run_or_count_as_bad(make_set):
+    root = make_set([8, 1, 1])
+    os.truncate(root / "s_00001.tar", 600)
+    (root / "s_00002.tar").unlink()
+    with pytest.raises(DataError, match="torn shard"):
+        loader(root)
+    stream = loader(root, batches=5, max_bad_fraction=0.25)
+    assert sum(len(batch["key"]) for batch in stream) == 20
+    assert {Path(name).name: len(keys) for name, keys in stream.bad.items()} == {"s_00001.tar": 1, "s_00002.tar": 1}
+
+
+def test_a_set_that_is_all_bad_ends_with_an_error(make_set):
+    root = make_set([2])
+    for number in range(2):
+        damage(root, number)
+    with pytest.raises(DataError, match="bad"):
+        list(loader(root, max_bad_fraction=0.99))
+
+
+def test_photographs_smaller_than_the_crop_are_refused_at_once(make_set):
+    with pytest.raises(DataError, match=r"sample s000 of 64×64 px is smaller than the crop of 65 px \(5 of 5 are\)"):
+        loader(make_set([3, 2]), crop=65)
+
+
+def test_grey_sixteen_bit_and_transparent_photographs_stream(tmp_path):
+    import cv2
+
+    grey = cv2.imencode(".png", picture(1)[..., 0])[1].tobytes()
+    deep = cv2.imencode(".png", picture(2).astype(np.uint16) * 257)[1].tobytes()
+    clear = cv2.imencode(".png", np.dstack([picture(3), np.full((64, 64), 200, np.uint8)]))[1].tobytes()
+    with ShardWriter(tmp_path / "set") as writer:
+        for number, data in enumerate((grey, deep, clear, encode_png(picture(4)), encode_jpeg(picture(5)))):
+            writer.add(f"k{number}", {"jpg" if data[:2] == b"\xff\xd8" else "png": data})
+    assert sum(len(batch["key"]) for batch in loader(tmp_path / "set", batches=3)) == 12
+
+
+@pytest.mark.parametrize("options", [{"workers": -1}, {"start": -4}, {"prefetch": 0}, {"max_bad_fraction": 1.0}])
+def test_options_out_of_range_are_refused(make_set, options):
+    with pytest.raises(DataError, match="out of range"):
+        loader(make_set(), **options)
+
+
+# -- ending -----------------------------------------------------------------------------------------------------------
+
+
+def children() -> set[int]:
+    """Processes whose parent is this one or its fork server."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != "Z":
+                found.add((int(fields[1]), int(entry.name)))
+    mine = {child for parent, child in found if parent == os.getpid()}
+    return {child for parent, child in found if parent in mine}
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="counts processes in /proc")
+def test_leaving_the_loop_early_stops_the_workers(make_set):
+    before = children()
+    for _ in loader(make_set(), workers=2, batches=None):
+        assert len(children() - before) == 2
+        break
+    assert wait_until(lambda: children() - before == set())
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+def test_a_killed_worker_is_one_clear_line(make_set):
+    def run() -> None:
+        before = children()
+        for _ in loader(make_set(), workers=1, batches=None):
+            for child in children() - before:
+                os.kill(child, signal.SIGKILL)
+
+    with pytest.raises(DataError, match=r"a loader worker died .*lower data\.workers"):
+        run()
+
+
+def wait_until(true, seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return true()
+
+
+SCRIPT = """
+import signal
+import sys
+from data.blur import BlurConfig
+from data.stream.loader import PairLoader
+assert __name__ == "__main__", "a worker imported the main script"
+caught = []
+if sys.argv[2] == "handled":
+    signal.signal(signal.SIGINT, lambda *_: caught.append(number))
+try:
+    for number, batch in enumerate(PairLoader(sys.argv[1], BlurConfig(), crop=32, global_batch=4, workers=2, margin=8)):
+        if number == 3:
+            print("going", flush=True)
+        if caught and number == caught[0] + 20:
+            print("20 batches later", flush=True)
+            break
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("handler", "words"), [("default", "interrupted\n"), ("handled", "20 batches later\n")])
+def test_ctrl_c_is_the_main_process_s_to_handle_and_everything_ends(make_set, tmp_path, handler, words):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, str(script), str(make_set()), handler]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    assert process.stdout.readline() == "going\n"
+    for _ in range(12):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        try:
+            out, err = process.communicate(timeout=180 if handler == "handled" else 15)  # all that hold the pipes ended
+            break
+        except subprocess.TimeoutExpired:
+            # Python raises KeyboardInterrupt wherever the main process is, in a destructor too, which swallows it: a
+            # user presses again.
+            continue
+    if handler == "default":
+        assert out == words or "KeyboardInterrupt" in err
+        return
+    assert out == words
+    assert "Traceback" not in err
+    assert process.returncode == 0
+
+
+KILLED = """
+import sys
+from data.blur import BlurConfig
+from data.stream.loader import PairLoader
+for number, batch in enumerate(PairLoader(sys.argv[1], BlurConfig(), crop=32, global_batch=4, workers=2, margin=8)):
+    if number == 3:
+        print("going", flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+def test_workers_end_when_their_main_process_is_killed(make_set):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-c", KILLED, str(make_set())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    assert process.stdout.readline() == "going\n"
+    process.kill()
+    process.wait()
+
+    def group_is_gone() -> bool:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    assert wait_until(group_is_gone, 60)
+
+
+# -- validation -------------------------------------------------------------------------------------------------------
+
+
+def test_validation_list_is_fixed_and_divides_over_ranks(make_set):
+    root = make_set([3])
+    whole = list(validation_pairs(root, BLUR, crop=32, margin=8))
+    assert len(whole) == validation_count(ShardSet(root)) == 3 * len(TIERS)
+    assert [pair["tier"] for pair in whole[: len(TIERS)]] == list(TIERS)
+    assert [pair["number"] for pair in whole] == list(range(15))
+    parts = [list(validation_pairs(root, BLUR, crop=32, margin=8, rank=rank, world=4)) for rank in range(4)]
+    for number, pair in enumerate(whole):
+        other = parts[number % 4][number // 4]
+        assert other["key"] == pair["key"]
+        assert torch.equal(other["blurry"], pair["blurry"])
+        assert torch.equal(other["sharp"], pair["sharp"])
+
+
+def test_validation_of_some_tiers_leaves_their_pairs_as_they_are(make_set):
+    root = make_set([2])
+    whole = {(p["key"], p["tier"]): p["blurry"] for p in validation_pairs(root, BLUR, crop=32, margin=8)}
+    for pair in validation_pairs(root, BLUR, crop=32, margin=8, tiers=["severe"]):
+        assert torch.equal(pair["blurry"], whole[pair["key"], "severe"])
+
+
+def test_validation_of_recorded_pairs_has_one_tier(make_set):
+    pairs = list(validation_pairs(make_set([3], kind="pairs"), BLUR, crop=32))
+    assert [pair["tier"] for pair in pairs] == ["paired"] * 3
+    assert all(pair["kernel"] is None for pair in pairs)
+
+
+def test_bundled_photographs_stream_and_validate():
+    batch = next(iter(PairLoader(SAMPLES / "train", BLUR, crop=128, global_batch=4, batches=1)))
+    assert batch["sharp"].float().std() > 10
+    pairs = list(validation_pairs(SAMPLES / "val", BLUR, crop=128, tiers=["severe"]))
+    assert len(pairs) == 13
+    assert np.median([pair["input_psnr"] for pair in pairs]) < 30
+
+
+def test_a_worker_leaves_the_threads_to_the_others(monkeypatch):
+    before = cv2.getNumThreads()
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is no worker
+    try:
+        cv2.setNumThreads(3)
+        init_worker()
+        assert cv2.getNumThreads() == 1  # OpenCV's answer after setNumThreads(0): no pool
+    finally:
+        cv2.setNumThreads(before)

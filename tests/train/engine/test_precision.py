@@ -1,0 +1,118 @@
+"""16-bit parameters: what is averaged, what an overflow does, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from train.config.file import load_config
+from train.config.schema import Config
+from train.engine.precision import _batch_norm, refuse_precision
+from train.engine.settings import deepspeed_settings
+
+WORKER = Path(__file__).parents[1] / "workers" / "precision.py"
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """What two ranks found."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_runs_average_the_fp32_master_weights(found, stage):
+    result = found[f"averages/{stage}"]
+    assert result["error"] < 1e-6
+    assert result["coarse"] > 1e-4  # an average of the rounded parameters is another one
+    assert result["elements"] == 3 * 7 * 9 + 7 + 14 + 7 * 9 + 1  # every element once, over the ranks
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_module_computes_with_the_average_and_gets_its_weights_back(found, stage):
+    result = found[f"averages/{stage}"]
+    assert result["moved"]
+    assert result["restored"]
+    assert result["forward"] < 0.02  # of outputs about 1: bf16's rounding
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_whose_gradients_overflow_in_fp16_moves_nothing_and_halves_the_scale(found, stage):
+    one, other = found[f"overflow/{stage}"]
+    assert one == other  # only one rank's gradients overflow, both leave the step out
+    left_out = [step[0] for step in one]
+    assert left_out[0]
+    assert not left_out[-1]
+    scale = 2.0**16
+    for skipped, moved, found_scale in one:
+        scale /= 2 if skipped else 1
+        assert (moved, found_scale) == (not skipped, scale)
+
+
+def test_fp16_is_refused_where_deepspeed_cannot(monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
+    engine = Config(engine={"precision": "fp16", "zero": 1}).engine
+    with pytest.raises(ValueError, match=r"fp16: DeepSpeed does not support it on this CPU: use fp32 or bf16"):
+        refuse_precision(engine, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_params"])
+def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch, precision):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    engine = Config(engine={"precision": precision, "zero": 1}).engine
+    with pytest.raises(ValueError, match=r"GPU \(Tesla V100\) computes no bf16: use fp16 or fp32"):
+        refuse_precision(engine, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ("zero=0 precision=bf16_params", "precision bf16_params needs zero 1, 2 or 3"),
+        ("zero=0 precision=fp16", "precision fp16 needs zero 1, 2 or 3"),
+        ("zero=0 offload=cpu", "offload cpu needs zero 1, 2 or 3"),
+        ("zero=0 overlap_comm=true", "overlap_comm true needs zero 1, 2 or 3"),
+        ("zero=2 offload_parameters=cpu", "offload_parameters cpu needs zero 3: zero 2 keeps whole parameters"),
+        ("zero=1 precision=bfloat16", "precision"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(tmp_path, settings, reason):
+    (tmp_path / "a.yaml").write_text("{}\n")
+    with pytest.raises(ValueError, match=reason):
+        load_config(str(tmp_path / "a.yaml"), [f"engine.{setting}" for setting in settings.split()])
+
+
+@pytest.mark.parametrize(
+    "key", ["bf16", "fp16", "torch_autocast", "optimizer", "gradient_clipping", "train_batch_size"]
+)
+def test_a_deepspeed_setting_that_has_a_field_of_ours_is_refused(key):
+    with pytest.raises(ValueError, match=rf"engine\.deepspeed\.{key} is set by the configuration's own fields"):
+        deepspeed_settings(Config(engine={"deepspeed": {key: {}}}), 1)
+
+
+def test_deepspeed_settings_are_merged_over_ours():
+    given = {"zero_optimization": {"sub_group_size": 7}, "data_types": {"buffer_dtype": "fp32"}}
+    settings = deepspeed_settings(Config(engine={"zero": 2, "precision": "bf16_params", "deepspeed": given}), 1)
+    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": False, "sub_group_size": 7}
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32", "buffer_dtype": "fp32"}
+
+
+def test_batch_norm_takes_16_bit_scales_beside_fp32_statistics():
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mean, var, weight, bias = torch.rand(3), torch.rand(3) + 0.5, torch.rand(3).bfloat16(), torch.rand(3).bfloat16()
+    expected = F.batch_norm(x.float(), mean, var, weight.float(), bias.float())
+    assert torch.allclose(_batch_norm(x, mean, var, weight, bias).float(), expected, atol=0.03)
+    assert torch.equal(
+        _batch_norm(x.float(), None, None, None, None, True), F.batch_norm(x.float(), None, None, None, None, True)
+    )

@@ -1,0 +1,257 @@
+"""Restoration of files: any size, any depth, nothing lost, no seams."""
+
+from itertools import pairwise
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image, ImageCms
+from torch import nn
+
+from model.deblurrer import Deblurred
+from train.restore.picture import Picture, PictureError, read_picture, write_picture
+from train.restore.tiles import restore_all, restore_image, tile_starts, tile_window
+
+
+class Known(nn.Module):
+    """A network whose result is known: the image plus `shift`, optionally smoothed by a k×k box."""
+
+    def __init__(self, shift: float = 0.0, box: int = 1) -> None:
+        super().__init__()
+        self.shift, self.box = nn.Parameter(torch.tensor(shift)), box
+        self.sizes: list[tuple[int, int]] = []
+
+    def forward(self, image):
+        self.sizes.append(tuple(image.shape[-2:]))
+        padded = nn.functional.pad(image, [self.box // 2] * 4, mode="replicate")
+        return Deblurred((nn.functional.avg_pool2d(padded, self.box, 1) + self.shift,), None)
+
+
+def noise(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (63, 64), (64, 65), (100, 331), (257, 129)])
+def test_tiles_of_an_identity_network_give_the_image_back(size):
+    image, network = noise(*size), Known()
+    torch.testing.assert_close(restore_image(network, image, 64), image, rtol=0, atol=1e-6)
+    assert all(height <= 64 and width <= 64 for height, width in network.sizes)
+
+
+def test_tiles_show_no_seams_where_the_network_sees_only_near_pixels():
+    image = noise(200, 300)
+    whole = restore_image(Known(box=5), image, None)
+    tiled = restore_image(Known(box=5), image, 96)
+    # A tile's border differs (replicate padding), but its window is near 0 there.
+    assert (whole - tiled).abs().max() < 0.02
+    assert (whole - tiled).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize(("size", "tile"), [(65, 64), (96, 64), (1000, 64), (513, 192), (200, 128)])
+def test_windows_sum_to_1_and_neighbours_share_a_quarter(size, tile):
+    starts = tile_starts(size, tile)
+    assert starts[0] == 0
+    assert starts[-1] == size - tile
+    assert all(a + tile - b >= tile // 4 - 1 for a, b in pairwise(starts))
+    total = torch.zeros(size)
+    for start in starts:
+        total[start : start + tile] += tile_window(start, starts, tile, size)
+    assert total.min() > 0.2  # restore_image divides by it
+    if all(a + 2 * (b - a) >= a + tile for a, b in pairwise(starts)):  # at most two share a pixel
+        torch.testing.assert_close(total, torch.ones(size))
+
+
+def test_values_are_clamped():
+    assert restore_image(Known(shift=2.0), noise(8, 8), None).max() == 1.0
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_an_identity_network_gives_lossless_files_back_bit_for_bit(suffix, bits, channels, tmp_path):
+    rng = np.random.Generator(np.random.Philox(bits + channels))
+    kind = np.uint8 if bits == 8 else np.uint16
+    array = rng.integers(0, 2**bits, (37, 53, channels), dtype=kind)
+    source, target = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    if bits == 8:
+        Image.fromarray(array if channels > 1 else array[..., 0]).save(source)
+    else:  # Pillow has no 16-bit colour
+        assert cv2.imwrite(str(source), array if channels > 1 else array[..., 0])
+    assert restore_all(Known(), source, target, tile=64, overwrite=False, on_file=lambda *_: None) == 0
+    result = np.asarray(Image.open(target)) if bits == 8 else cv2.imread(str(target), cv2.IMREAD_UNCHANGED)
+    assert result.dtype == kind
+    np.testing.assert_array_equal(result.reshape(array.shape), array)
+
+
+def test_the_cameras_orientation_profile_and_metadata_stay(tmp_path):
+    array = np.zeros((20, 30, 3), np.uint8)
+    array[:10, :15] = (250, 10, 10)  # red, top left as stored
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "camera"
+    source, target = tmp_path / "in.png", tmp_path / "out.png"
+    Image.fromarray(array).save(source, exif=exif, icc_profile=b"a profile")
+    restore_all(Known(), source, target, tile=None, overwrite=False, on_file=lambda *_: None)
+    with Image.open(target) as result:
+        assert result.size == (20, 30)  # turned upright
+        assert result.getpixel((15, 5)) == (250, 10, 10)  # top right now
+        assert result.getexif()[0x0112] == 1
+        assert result.getexif()[0x010F] == "camera"
+        assert result.info["icc_profile"] == b"a profile"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_16_bit_files_turn_as_8_bit_ones_do(orientation, tmp_path):
+    array = np.random.Generator(np.random.Philox(3)).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(array).save(tmp_path / "8.tif", exif=exif)
+    plain = read_picture(tmp_path / "8.tif").rgb
+    from train.restore.picture import _rotated
+
+    np.testing.assert_array_equal(_rotated(array, orientation), np.rint(plain * 255).astype(np.uint8))
+
+
+def test_palette_grey_alpha_and_cmyk_files_are_read(tmp_path):
+    rgb = Image.fromarray(np.random.Generator(np.random.Philox(1)).integers(0, 256, (8, 9, 3), dtype=np.uint8))
+    for mode, suffix, alpha in (
+        ("P", ".png", False),
+        ("LA", ".png", True),
+        ("CMYK", ".jpg", False),
+        ("1", ".png", False),
+    ):
+        path = tmp_path / f"{mode}{suffix}"
+        rgb.convert("L" if mode == "LA" else "RGB").convert(mode).save(path)
+        picture = read_picture(path)
+        assert picture.rgb.shape == (8, 9, 3)
+        assert (picture.alpha is not None) == alpha
+
+
+def test_a_bad_file_in_a_folder_is_told_and_the_rest_go_on(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(folder / "a.png")
+    (folder / "b.jpg").write_bytes(b"\xff\xd8 not a picture")
+    whole = (folder / "a.png").read_bytes()
+    (folder / "c.png").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.zeros((8, 9), np.uint8)).save(folder / "d.jpg")
+    told = {}
+    failed = restore_all(
+        Known(), folder, out, tile=None, overwrite=False, on_file=lambda p, e: told.update({p.name: e})
+    )
+    assert failed == 2
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "d.jpg"]
+    assert told["a.png"] is None
+    assert "b.jpg" in told["b.jpg"]
+    assert "decode" in told["c.png"]
+
+
+def test_nothing_is_overwritten_unless_asked(tmp_path):
+    picture = Picture(np.zeros((4, 4, 3), np.float32))
+    write_picture(tmp_path / "a.png", picture)
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(PictureError, match=r"a\.png: exists.*--overwrite"):
+        write_picture(tmp_path / "a.png", Picture(np.ones((4, 4, 3), np.float32)))
+    assert (tmp_path / "a.png").read_bytes() == before
+    write_picture(tmp_path / "a.png", Picture(np.ones((4, 4, 3), np.float32)), overwrite=True)
+    assert (tmp_path / "a.png").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(("name", "words"), [("absent.png", "no such file"), ("text.png", "does not decode")])
+def test_errors_name_the_file(name, words, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(PictureError, match=rf"{name}: {words}"):
+        read_picture(tmp_path / name)
+    with pytest.raises(PictureError, match=r"out\.xyz: unknown kind"):
+        write_picture(tmp_path / "out.xyz", Picture(np.zeros((4, 4, 3), np.float32)))
+
+
+def test_tiffs_of_every_mode_are_written_as_tiffs_that_open(tmp_path):
+    rgb = Image.fromarray(np.random.Generator(np.random.Philox(2)).integers(0, 256, (14, 9, 3), dtype=np.uint8))
+    for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"):
+        source, target = tmp_path / f"{mode}.tif", tmp_path / f"{mode}-out.tif"
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010F] = 6, "camera"
+        image = ImageCms.profileToProfile(rgb, *_lab()) if mode == "LAB" else rgb.convert(mode)
+        image.save(source, exif=exif)
+        write_picture(target, read_picture(source))
+        with Image.open(target) as result:
+            result.load()
+            assert result.size == (14, 9), mode
+            assert result.getexif()[0x010F] == "camera"
+            wanted = np.rint(read_picture(source).rgb * 255)
+            assert np.abs(np.asarray(result.convert("RGB")).astype(int) - wanted).max() <= 1, mode
+
+
+def _lab():
+    return ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), 0, "LAB"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_files_keep_their_profile_and_maker(suffix, tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "camera"
+    array = np.random.Generator(np.random.Philox(2)).integers(0, 65536, (7, 9, 3))
+    picture = Picture((array / 65535).astype(np.float32), 16, icc=b"a profile", exif=exif.tobytes())
+    write_picture(tmp_path / f"a{suffix}", picture)
+    again = read_picture(tmp_path / f"a{suffix}")
+    assert again.bits == 16
+    assert again.icc == b"a profile"
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        assert image.getexif()[0x010F].rstrip("\0") == "camera"
+    np.testing.assert_array_equal(np.rint(again.rgb * 65535), array)
+
+
+def test_a_rotated_16_bit_tiff_stays_16_bit(tmp_path):
+    array = np.random.Generator(np.random.Philox(2)).integers(0, 65536, (7, 9, 3)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="rgb", metadata=None, extratags=[(274, 3, 1, 6, True)])
+    picture = read_picture(tmp_path / "a.tif")
+    assert (picture.bits, picture.rgb.shape) == (16, (9, 7, 3))
+    np.testing.assert_array_equal(np.rint(picture.rgb * 65535), np.rot90(array, -1))
+
+
+def test_a_colour_that_stands_for_transparency_becomes_alpha(tmp_path):
+    rgb = np.zeros((4, 5, 3), np.uint8)
+    rgb[0, 0] = (1, 2, 3)
+    Image.fromarray(rgb).save(tmp_path / "rgb.png", transparency=(1, 2, 3))
+    Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png", transparency=1)
+    for name, grey in (("rgb.png", False), ("grey.png", True)):
+        picture = read_picture(tmp_path / name)
+        assert picture.grey == grey
+        assert picture.alpha[0, 0] == 0
+        assert picture.alpha[1, 1] == 255
+
+
+def test_what_would_be_lost_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "float.tif", np.random.Generator(np.random.Philox(1)).random((4, 5), np.float32))
+    tifffile.imwrite(tmp_path / "deep.tif", np.zeros((4, 5), np.uint32))
+    frames = [Image.new("RGB", (4, 5), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+    for name, words in (("float.tif", "8 or 16 bits"), ("deep.tif", "8 or 16 bits"), ("pages.tif", "2 pages"),
+                        ("moving.webp", "2 pages or frames")):  # fmt: skip
+        with pytest.raises(PictureError, match=rf"{name}: has .*{words}"):
+            read_picture(tmp_path / name)
+
+
+def test_two_pictures_of_a_folder_never_become_one_file(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "a.bmp", ".hidden.png"):
+        Image.new("RGB", (4, 5)).save(tmp_path / "in" / name)
+    with pytest.raises(PictureError, match=r"would become a\.png"):
+        restore_all(Known(), tmp_path / "in", tmp_path / "out", tile=None, overwrite=True, on_file=lambda *_: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_target_is_told_before_any_work(tmp_path):
+    network = Known()
+    Image.new("RGB", (4, 5)).save(tmp_path / "a.png")
+    told = []
+    for target in ("a.gif", "absent/b.png"):
+        restore_all(network, tmp_path / "a.png", tmp_path / target, tile=None, overwrite=False,
+                    on_file=lambda _, problem: told.append(problem))  # fmt: skip
+    assert "unknown kind" in told[0]
+    assert "no folder" in told[1]
+    assert not network.sizes

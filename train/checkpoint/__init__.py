@@ -1,0 +1,1 @@
+"""What is kept: checkpoints and their state, copies elsewhere, resuming, exported models."""

@@ -1,0 +1,110 @@
+"""Size and hash of every file of a checkpoint, and where the run stood."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.files import write_text
+
+STEP = re.compile(r"^step-(\d+)$")
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, or written; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands; all that is needed to go on exactly.
+
+    samples_consumed is the whole state of the training stream: with the seed it says what comes next. config_digest: of
+    what decides the losses in config.yaml beside it; cache_fingerprint: of the feature cache, None without one.
+    """
+
+    step: int
+    samples_consumed: int
+    world: int
+    zero: int
+    seed: int
+    config_digest: str
+    index_digest: str
+    val_digest: str
+    git_commit: str | None
+    gain: float | None = None
+    cache_fingerprint: str | None = None
+
+
+def read_state(path: Path) -> RunState:
+    """The state in a checkpoint's run.json. CheckpointError if there is none."""
+    try:
+        return RunState(**json.loads((path / "run.json").read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of this program ({error})") from None
+
+
+def manifest_of(path: Path) -> dict[str, dict]:
+    """Size and hash of every file of a checkpoint, by its name."""
+    return json.loads((path / MANIFEST).read_text())
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None: every file is there with its size and hash."""
+    try:
+        manifest = manifest_of(path)
+        if not manifest:
+            return f"{path}: {MANIFEST} names no files"
+        for name, entry in manifest.items():
+            file = path / name
+            if file.stat().st_size != entry["bytes"]:
+                return f"{file}: {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if _digest(file) != entry["blake2b"]:
+                return f"{file}: its content changed after it was written"
+    except FileNotFoundError as error:
+        return f"{path}: {Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{path}: {MANIFEST} cannot be read ({error})"
+    return None
+
+
+def _entries(folder: Path, files: list[Path]) -> dict[str, dict]:
+    """What the manifest says of files, pushed to the disk by the rank that wrote them."""
+    entries = {}
+    for file in files:
+        _sync(file)
+        entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "blake2b": _digest(file)}
+    return entries
+
+
+def _seal(folder: Path, known: dict[str, dict] | None = None) -> None:
+    """Write the manifest over all files, but for `known` entries hashed here, and push them to the disk."""
+    known = known or {}
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    names = {str(file.relative_to(folder)): file for file in files}
+    missing = sorted(known.keys() - names.keys())
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {missing[0]} of another rank is not there: run.root must be a folder that all nodes share"
+        )
+    fresh = _entries(folder, [file for name, file in names.items() if name not in known])
+    write_text(folder / MANIFEST, json.dumps({name: (known | fresh)[name] for name in names}, indent=1) + "\n")
+    for directory in {file.parent for file in files} | {folder}:
+        _sync(directory)
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

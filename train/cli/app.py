@@ -1,0 +1,155 @@
+"""The `sharpprior` command: restore and evaluate; those about data are in `train/cli/data.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from train.cli.cache import app as cache_app
+from train.cli.data import Overwrite
+from train.cli.data import app as data_app
+from train.watch.failure import explained
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Restore and evaluate what train/main.py trained, and prepare data for it.",
+)
+app.add_typer(data_app)
+app.add_typer(cache_app, name="cache")
+Run = Annotated[Path, typer.Argument(help="Folder of a run, of one of its checkpoints, or of an exported model.")]
+Which = Annotated[str, typer.Option("--checkpoint", help="latest, best, or step-N, where RUN is a run.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")]
+
+
+def _device(name: str | None):
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+@app.command()
+def restore(
+    run: Run,
+    photo: Annotated[Path, typer.Argument(help="A picture, or a folder of pictures.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The restored picture, or the folder for a folder.")],
+    checkpoint: Which = "latest",
+    tile: Annotated[int | None, typer.Option(help="Side of tiles, px; default: 1.5 times the training crop.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="No tiles: the picture in one piece.")] = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+) -> None:
+    """Restore photographs of any size; bit depth, alpha, colour profile and EXIF stay."""
+    from rich.console import Console
+
+    from train.checkpoint.saved import load_model
+    from train.log import start_logging
+    from train.restore.tiles import SMALLEST_TILE, default_tile, restore_all
+
+    console = Console()
+    start_logging(None, console)
+    if whole and tile is not None:
+        raise ValueError("--whole and --tile exclude each other")
+    if tile is not None and tile < SMALLEST_TILE:
+        raise ValueError(f"--tile {tile}: at least {SMALLEST_TILE} px")
+    if not photo.exists():
+        raise ValueError(f"{photo}: no such file or folder")
+    network, config, _ = load_model(run, _device(device), checkpoint)
+    side = None if whole else tile or default_tile(config)
+    problems = []
+    with console.status("restoring …") as status:
+
+        def told(path: Path, problem: str | None) -> None:
+            status.update(f"{path.name}")
+            if problem is not None:
+                problems.append(problem)
+                console.print(f"error: {problem}", markup=False, soft_wrap=True, style="red")
+
+        failed = restore_all(network, photo, out, tile=side, overwrite=overwrite, on_file=told)
+    if failed:
+        raise ValueError(problems[0] if not photo.is_dir() else f"{failed} pictures of {photo} were not restored")
+    console.print(f"restored: {out}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Annotated[str | None, typer.Option(help="Shard set; default: the validation set of the run.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for report.md and panel.png.")] = None,
+    checkpoint: Which = "latest",
+    per_tier: Annotated[int | None, typer.Option(help="Pairs per photograph and tier; default: the run's.")] = None,
+    crop: Annotated[int | None, typer.Option(help="Side of the crops, px; default: the run's.")] = None,
+    overwrite: Overwrite = False,
+    device: Device = None,
+) -> None:
+    """Gain over the blurry input per severity tier, with intervals."""
+    from train.evaluate.offline import evaluate_saved
+
+    evaluate_saved(
+        run, data=data, out=out, which=checkpoint, per_tier=per_tier, crop=crop, overwrite=overwrite,
+        device=_device(device),
+    )  # fmt: skip
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option("--config", help="Configuration of the run.")],
+    nodes: Annotated[int, typer.Option(help="Nodes.", min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs a node.", min=1)] = 8,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    tflops: Annotated[float, typer.Option(help="Dense peak of a GPU in the run's precision, TFLOPS.")] = 989.0,
+    utilisation: Annotated[float, typer.Option(help="Share of that peak which products and convolutions reach.")] = 0.4,
+    hbm: Annotated[float, typer.Option(help="GB/s of a GPU's memory.")] = 3350.0,
+    launch: Annotated[float, typer.Option(help="Microseconds an operator takes to launch.")] = 6.0,
+    nvlink: Annotated[float, typer.Option(help="GB/s of a GPU inside its node.")] = 450.0,
+    network: Annotated[float, typer.Option(help="GB/s of a node to the others, one direction.")] = 400.0,
+    latency: Annotated[float, typer.Option(help="Microseconds of a collective without bytes.")] = 30.0,
+    storage: Annotated[float, typer.Option(help="GB/s that checkpoints are written with.")] = 2.0,
+    memory: Annotated[float, typer.Option(help="GiB a GPU.")] = 80.0,
+) -> None:
+    """Memory, bytes moved, step time, loader and checkpoints of a run on a cluster, before it is started."""
+    from rich.console import Console
+
+    from train.config.file import load_config
+    from train.plan.cost import Cluster
+    from train.plan.report import print_plan
+
+    cluster = Cluster(nodes, gpus, tflops, utilisation, hbm, launch, nvlink, network, latency, storage, memory)
+    print_plan(load_config(config, overrides or []), cluster, Console())
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option("-o", "--out", help="A file NAME.safetensors, or a folder.")],
+    checkpoint: Which = "latest",
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 for half the size.")] = "fp32",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the averaged model as files that load without DeepSpeed and without the run."""
+    from rich.console import Console
+
+    from train.checkpoint.export import export_model
+    from train.checkpoint.saved import describe
+
+    source = export_model(run, out, which=checkpoint, dtype=dtype, overwrite=overwrite)
+    text = f"exported {describe(source)} of {run} as {dtype}: {out}"
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the console script: one line and a status for what the user can mend."""
+    sys.exit(explained(app))
+
+
+if __name__ == "__main__":
+    main()

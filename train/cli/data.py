@@ -1,0 +1,216 @@
+"""The `sharpprior` commands about data: prepare, verify, index, stats, preview."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+app = typer.Typer()
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
+BlurSource = Annotated[Path | None, typer.Option("--config", help="Take the blur from this configuration.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of it.")]
+Shards = Annotated[str | None, typer.Argument(help="Shard set, folder or URL; default: what a run would train on.")]
+
+
+def _settings(path: Path | None, changes: list[str] | None):
+    """The configuration that a command's --config and --set give."""
+    from train.config.file import configure, load_config
+
+    return load_config(path, changes or []) if path else configure(changes or [])
+
+
+def _open(shards: str | None, settings):
+    """The set that is named, or the first that a run of this configuration would train on."""
+    from train.config.sources import data_sources, open_set
+
+    return open_set(shards or data_sources(settings)[0][0].path, settings)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _levels(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--levels {text}: expected odd numbers with commas, such as 7,11,15") from None
+
+
+@app.command()
+def prepare(
+    layout: Annotated[
+        str, typer.Argument(help="gopro, hide, realblur-j, realblur-r, reds, rsblur, folder, pairs or video.")
+    ],
+    root: Annotated[Path, typer.Argument(help="The data set's folder as released, a folder of pictures, or a video.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the shard set to write.")],
+    split: Annotated[str | None, typer.Option(help="train, test, val …; default: the layout's first.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Which blurry pictures, such as blur_gamma of GoPro.")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Accept a number of pairs other than the release's.")
+    ] = False,
+    levels: Annotated[
+        str | None, typer.Option(help="Average windows of so many frames, such as 7,11,15,19,23,31.")
+    ] = None,
+    stride: Annotated[int, typer.Option(min=0, help="Frames between windows; 0: one after another.")] = 0,
+    max_flow: Annotated[float, typer.Option(help="Largest motion between frames, px.")] = 1.5,
+    flow: Annotated[str, typer.Option(help="Above it: interpolate or refuse.")] = "interpolate",
+    curve: Annotated[str, typer.Option(help="The camera's response: srgb or gamma (2.2, as GoPro's pairs).")] = "srgb",
+    sharp_only: Annotated[bool, typer.Option("--sharp-only", help="Of pairs, keep the sharp pictures.")] = False,
+    tile: Annotated[int, typer.Option(help="Largest side of a tile, px; 0: pictures stay whole.")] = 768,
+    min_size: Annotated[int, typer.Option(help="Leave out pictures with a smaller side, px.")] = 0,
+    png: Annotated[bool, typer.Option("--png", help="Tiles of photographs as PNG instead of JPEG.")] = False,
+    quality: Annotated[int, typer.Option(help="JPEG quality of tiles (4:4:4).")] = 95,
+    shard_mib: Annotated[int, typer.Option(min=1, help="A shard ends at this size, MiB.")] = 512,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
+    max_bad_fraction: Annotated[float, typer.Option(help="Part of the sources that may be unreadable.")] = 0.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a shard set from a data set as released, photographs, pairs or video. Goes on after a kill."""
+    import os
+
+    from data.prepare.jobs import prepare_dataset
+    from data.prepare.recipe import Recipe
+    from data.prepare.windows import Windows
+
+    chosen = _levels(levels)
+    frames = chosen is not None or layout == "video"
+    ignored = (
+        {"--sharp-only": sharp_only, "--png": png, "--partial": partial}
+        if frames
+        else {
+            "--stride": stride,
+            "--max-flow": max_flow != 1.5,
+            "--flow": flow != "interpolate",
+            "--curve": curve != "srgb",
+        }
+    )
+    for name, given in ignored.items():
+        if given:
+            raise ValueError(
+                f"{name} says nothing {'of windows of frames' if frames else 'without --levels'}: leave it out"
+            )
+    windows = None
+    if frames:
+        numbers = {"levels": chosen} if chosen is not None else {}
+        windows = Windows(**numbers, stride=stride, max_flow=max_flow, flow=flow, curve=curve)
+    recipe = Recipe(
+        tile=tile, png=png, quality=quality, min_size=min_size, sharp_only=sharp_only, windows=windows,
+        shard_bytes=shard_mib << 20,
+    )  # fmt: skip
+    console = Console()
+    with Progress(console=console) as bar:
+        row = bar.add_task(layout, total=None)
+        done = prepare_dataset(
+            layout, root, out, recipe, split=split, variant=variant, partial=partial, overwrite=overwrite,
+            workers=workers or len(os.sched_getaffinity(0)), max_bad_fraction=max_bad_fraction,
+            progress=lambda finished, total: bar.update(row, completed=finished, total=total),
+        )  # fmt: skip
+    for name, items in (("too small", done.small), ("refused", done.refused), ("unreadable", done.bad)):
+        for item in items[:10]:
+            _say(console, f"{name}: {item}")
+        if len(items) > 10:
+            _say(console, f"{name}: {len(items) - 10} more")
+    taken = f" ({done.reused_jobs} jobs taken over from an earlier run)" if done.reused_jobs else ""
+    _say(console, f"{done.samples} samples in {done.shards} shards, {done.bytes / 2**20:.1f} MiB: {done.root}{taken}")
+
+
+@app.command()
+def verify(
+    shards: Annotated[str, typer.Argument(help="Folder of a shard set.")],
+    decode: Annotated[bool, typer.Option(help="Decode every picture too; --no-decode stops at the hashes.")] = True,
+) -> None:
+    """Prove a shard set against its index: every shard, byte and picture."""
+    from data.shards.verify import verify as problems_of
+    from train.config.file import configure
+
+    console = Console()
+    with Progress(console=console, transient=True) as bar:
+        row = bar.add_task("verifying", total=None)
+        cache = _open(shards, configure([])).cache if "://" in shards else None
+        problems = problems_of(
+            shards,
+            decode=decode,
+            cache=cache,
+            progress=lambda done, total: bar.update(row, completed=done, total=total),
+        )
+    for problem in problems:
+        _say(console, problem)
+    if problems:
+        raise ValueError(f"{shards}: {len(problems)} problem{'s' if len(problems) > 1 else ''}")
+    _say(console, f"{shards}: sound")
+
+
+@app.command()
+def index(
+    shards: Annotated[Path, typer.Argument(help="Folder of .tar shards that have no index.json yet.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the index of shards that another program made."""
+    from data.shards.verify import index_folder
+
+    _say(Console(), str(index_folder(shards, overwrite=overwrite)))
+
+
+@app.command()
+def stats(
+    shards: Shards = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs to draw.")] = 512,
+    crop: Annotated[int | None, typer.Option(min=32, help="Side of the crops, px; default: data.crop.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: run.seed.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Histogram of extents (.png).")] = None,
+    config: BlurSource = None,
+    set_: Sets = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Severity histogram, input PSNR per tier and sizes of what a run would train on."""
+    from data.look.stats import set_stats, write_histogram
+
+    if out is not None and out.exists() and not overwrite:
+        raise ValueError(f"{out}: exists: choose another name, or --overwrite")
+    settings = _settings(config, set_)
+    found = set_stats(
+        _open(shards, settings), settings.blur, pairs=pairs, crop=crop or settings.data.crop,
+        seed=settings.run.seed if seed is None else seed, workers=workers, margin=settings.data.margin,
+    )  # fmt: skip
+    console = Console()
+    for line in found.lines():
+        _say(console, line)
+    if out is not None:
+        _say(console, str(write_histogram(out, found)))
+
+
+@app.command()
+def preview(
+    shards: Shards = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Contact sheet (.png or .jpg) or page (.html).")] = Path(
+        "preview.png"
+    ),
+    count: Annotated[int, typer.Option(min=1, help="Pairs to show.")] = 12,
+    crop: Annotated[int | None, typer.Option(min=32, help="Side of the crops, px; default: data.crop.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: run.seed.")] = None,
+    config: BlurSource = None,
+    set_: Sets = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Contact sheet of synthesized pairs: sharp, blurry, kernel, extent, PSNR."""
+    from data.blur import TIERS
+    from data.look.preview import preview_pairs, write_contact_sheet, write_html_page
+
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out}: exists: choose another name, or --overwrite")
+    settings = _settings(config, set_)
+    tiers = [tier for tier in TIERS if getattr(settings.blur.tiers, tier).share > 0]
+    pairs = preview_pairs(
+        _open(shards, settings), settings.blur, count=count, crop=crop or settings.data.crop, tiers=tiers,
+        seed=settings.run.seed if seed is None else seed, margin=settings.data.margin,
+    )  # fmt: skip
+    (write_html_page if out.suffix.lower() == ".html" else write_contact_sheet)(out, pairs)
+    _say(Console(), f"{len(pairs)} pairs: {out}")

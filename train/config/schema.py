@@ -1,0 +1,361 @@
+"""The typed configuration: what a YAML file may say, with units and defaults; `train/config/file.py` reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from data.blur import BlurConfig
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's folder is `root/name`."""
+    root: str = "runs"
+    """Folder of all runs."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of weights, order, crops and blur."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.root).expanduser() / self.name
+
+
+class SourceSection(Section):
+    path: str
+    """Folder or URL of a shard set."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Share of all pairs, relative to the other sources' weights."""
+
+
+def _one_source(given: object) -> object:
+    """A plain path stands for a list of one source."""
+    return [{"path": given}] if isinstance(given, str) else given
+
+
+class CacheSection(Section):
+    folder: str | None = None
+    """Node-local folder for shards of remote sets; None: below the system's temporary folder."""
+    limit_gib: float = Field(default=64.0, gt=0)
+    """Size above which the least recently used shards go, GiB. Two windows of shards should fit."""
+
+
+class DataSection(Section):
+    train: Annotated[list[SourceSection], BeforeValidator(_one_source)] | None = None
+    """Training shards: a folder or URL (with index.json), or a list of {path, weight} mixed into one stream. None:
+    `$SHARPPRIOR_DATA`, else the bundled photographs."""
+    val: str | None = None
+    """Validation shards. None: `$SHARPPRIOR_DATA/val` where that exists, else the bundled val photographs."""
+    cache: CacheSection = CacheSection()
+    """Where shards of remote sets are kept."""
+    canonical_groups: int = Field(default=1, ge=1)
+    """Fixed parts G of the data; a node that serves some of them reads only their shards. Part of the order."""
+    crop: int = Field(default=256, ge=32)
+    """Side of a training crop, px."""
+    boxes_per_photo: int = Field(default=16, ge=1)
+    """Size of the finite plan of crop boxes (with flips) of a photograph; a cached teacher feature belongs to a box."""
+    crops_per_decode: int = Field(default=1, ge=1)
+    """Crops taken each time a photograph is decoded."""
+    margin: int = Field(default=80, ge=0)
+    """Distance of crop boxes from the photograph's edge where its size allows, px: blur reads light from beyond."""
+    max_bad_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Part of a training set's samples that may be unreadable; they are replaced and reported. 0: none."""
+    window: int = Field(default=8, ge=1)
+    """Shards whose samples are mixed with each other."""
+    workers: int = Field(default=2, ge=0)
+    """Loader processes per rank; 0 makes pairs in the training process."""
+    stall_minutes: float = Field(default=5.0, gt=0)
+    """Wait for one batch after which the run ends, with what every loader process is doing."""
+
+
+class TeacherSection(Section):
+    name: str = "efficientnet_lite0"
+    """Any timm network with features at strides 4, 8, …, any plain vision transformer that takes images of any size, or
+    `efficientnet_lite0`, `efficientnet_lite1`, `efficientnet_lite2`, whose weights are packages."""
+    weights: str = "pretrained"
+    """`pretrained` (timm's source, or the installed package), the path of a .safetensors or .pth file, or `random`
+    (only for studies and tests)."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share in the feature losses, relative to the other teachers' weights."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the teacher's arithmetic. auto: bf16 on a GPU that computes it, else fp32."""
+    compile: bool = False
+    """Run it through torch.compile, which takes a minute once and needs a C++ compiler (on a GPU: Triton)."""
+
+
+def _one_teacher(given: object) -> object:
+    """A single mapping stands for a list of one teacher, `0` in it for that one: `--set model.teacher.0.name=…`."""
+    if isinstance(given, dict) and isinstance(given.get("0"), dict):
+        given = {key: value for key, value in given.items() if key != "0"} | given["0"]
+    return [given] if isinstance(given, (dict, TeacherSection)) else given
+
+
+class StudentSection(Section):
+    name: str | None = None
+    """timm encoder, or `light` (0.9 M parameters, trained from scratch); None: the first teacher's architecture,
+    starting from its weights."""
+    weights: str = "pretrained"
+    """As for the teacher; of no use where the student starts from the teacher's weights, or is `light`."""
+    batch_norm: Literal["frozen", "batch"] = "frozen"
+    """frozen: BatchNorm stays on its stored statistics, so that a run does not depend on how it is split over ranks."""
+    frozen_levels: int = Field(default=0, ge=0)
+    """Shallow levels of the encoder that keep their weights, which spares their backward pass."""
+    fusion: Literal["cross_level", "same_level"] = "cross_level"
+    """cross_level: deeper student levels take part in predicting each shallower one; same_level: every level is
+    predicted from its own alone (a study's baseline)."""
+    width: int = Field(default=64, ge=8)
+    """Middle width of the cross-level fusion."""
+    residual: bool | None = None
+    """Predict corrections to the student's own features; None: where its channels are the first teacher's."""
+
+
+class SpeSection(Section):
+    dim: int = Field(default=64, ge=4)
+    """Channels D of the aggregated prior."""
+    groups: int = Field(default=4, ge=1)
+    """Groups G that choose among the levels on their own; divides `dim`."""
+    heads: int = Field(default=4, ge=1)
+    """Heads of the semantic attention; divides the channels of every embed point."""
+    points: list[str] | None = None
+    """Names of the backbone's embed points to use; None: all that it declares."""
+
+
+class ModelSection(Section):
+    backbone: dict = Field(default_factory=lambda: {"name": "unet"})
+    """`name` from the table of backbones; every other key goes to its constructor."""
+    prior: bool = True
+    """False trains the plain backbone: no teacher, no student, no SPE."""
+    levels: int = Field(default=4, ge=1, le=5)
+    """Levels L of the prior; level l has stride 4·2^(l-1)."""
+    teacher: Annotated[list[TeacherSection], BeforeValidator(_one_teacher), Field(min_length=1)] = Field(
+        default_factory=lambda: [TeacherSection()]
+    )
+    """One teacher, or a list of several, whose features are put side by side."""
+    student: StudentSection = StudentSection()
+    spe: SpeSection = SpeSection()
+
+    @model_validator(mode="after")
+    def _named(self) -> ModelSection:
+        if not isinstance(self.backbone.get("name"), str):
+            raise ValueError("backbone needs a name, such as {name: unet}")
+        if self.spe.dim % self.spe.groups:
+            raise ValueError(f"spe.groups {self.spe.groups} does not divide spe.dim {self.spe.dim}")
+        if self.student.frozen_levels > self.levels:
+            raise ValueError(f"student.frozen_levels {self.student.frozen_levels} exceeds the {self.levels} levels")
+        if self.student.name == "light" and self.student.weights != "pretrained":
+            raise ValueError("student light starts from the seed: leave student.weights out")
+        return self
+
+
+def _switch(given: object) -> object:
+    """YAML 1.1 reads a bare off and on as booleans."""
+    return {True: "on", False: "off"}.get(given, given) if isinstance(given, bool) else given
+
+
+class FeatureSection(Section):
+    cache: Annotated[Literal["off", "auto", "on"], BeforeValidator(_switch)] = "off"
+    """Node-local cache of the teacher's features of the planned crop boxes. auto: kept only where reading a feature
+    measures cheaper than computing it; on: always; off: never."""
+    folder: str | None = None
+    """Folder of the cache; None: below the system's temporary folder. Each teacher, crop plan and dtype has its own
+    folder in it; the ranks of a node share it, and the next run finds it again."""
+    dtype: Literal["fp16", "int8"] = "fp16"
+    """Stored form: fp16, or int8 with one scale a channel."""
+    limit_gib: float = Field(default=64.0, gt=0)
+    """Size at which writing stops, GiB; what is cached by then stays of use. Room for the whole plan of crops:
+    photographs × data.boxes_per_photo × bytes of a crop (`sharpprior plan` says them)."""
+    check_every: int = Field(default=2000, ge=0)
+    """Hits of a rank between recomputations of a cached crop, compared with what was read; 0: never."""
+
+
+class LossSection(Section):
+    pixel: Literal["charbonnier", "l1"] = "charbonnier"
+    """Restoration loss on pixels in [0, 1]."""
+    frequency: float = Field(default=1.0, ge=0)
+    """Weight of the L1 distance of orthonormal Fourier transforms."""
+    cfl: float = Field(default=0.1, ge=0)
+    """Weight λ of cross-level feature learning beside the restoration loss; in distill steps its weight is 1."""
+    cfl_final: float | None = Field(default=None, ge=0)
+    """λ at the last step, reached over the deblur steps; None: λ does not change."""
+    cfl_schedule: Literal["cosine", "linear"] = "cosine"
+    """How λ goes from `cfl` to `cfl_final`."""
+    match: Literal["cross_level", "same_level", "cosine", "attention"] = "cross_level"
+    """What the structure term compares at each level: cross_level: standardised features, on pooled grids too
+    (hierarchical context loss); same_level: the same without pooled grids, and without fusion (needs
+    student.fusion same_level); cosine: their direction at each position; attention: maps of squared activation."""
+    structure: float = Field(default=1.0, ge=0)
+    """Weight of CFL's per-level term, the one that `match` chooses."""
+    context: float = Field(default=1.0, ge=0)
+    """Weight of CFL's global context term."""
+    logits: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence of class logits through the teacher's frozen head."""
+    statistics_crops: int = Field(default=64, ge=8, multiple_of=8)
+    """Training crops on which the teacher's (and student's) channel statistics are measured, once, at the start."""
+
+
+class OptimSection(Section):
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    prior_lr_scale: float = Field(default=1.0, ge=0)
+    """Learning rate of the student and its fusion, relative to `lr`."""
+    betas: tuple[float, float] = (0.9, 0.9)
+    """AdamW's decay rates."""
+    weight_decay: float = Field(default=1e-3, ge=0)
+    """Decoupled decay of matrices and kernels; biases, norms and scales have none."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+    warmup: int = Field(default=100, ge=0)
+    """Steps of linear warm-up."""
+    final_lr: float = Field(default=0.01, ge=0, le=1)
+    """The cosine ends at `final_lr`·`lr`."""
+
+
+class TrainSection(Section):
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the whole run."""
+    distill_steps: int = Field(default=0, ge=0)
+    """The first of them train the student alone (stage `distill`); the others train all (stage `deblur`)."""
+    batch: int = Field(default=8, ge=1)
+    """Global batch: pairs per optimizer step over all ranks and accumulation steps."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer step and rank."""
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the fp32 average of the weights; evaluation and restoration use it; 0 keeps the weights."""
+    log_every: int = Field(default=1, ge=1)
+    """Steps between records in metrics.jsonl."""
+    max_bad_steps: int = Field(default=3, ge=1)
+    """Steps in a row whose loss or gradients are not finite that end the run (before that they move no weight); ten
+    times as many among the last 1000 steps end it too."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainSection:
+        if self.distill_steps > self.steps:
+            raise ValueError(f"distill_steps {self.distill_steps} exceeds steps {self.steps}")
+        if self.batch % self.accumulation:
+            raise ValueError(f"accumulation {self.accumulation} does not divide batch {self.batch}")
+        return self
+
+
+class EngineSection(Section):
+    zero: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: 1 divides Adam's state among the ranks, 2 gradients too, 3 parameters too."""
+    precision: Literal["fp32", "bf16", "bf16_params", "fp16"] = "fp32"
+    """fp32; bf16: torch.autocast over fp32 parameters, the usual choice on GPUs; bf16_params: parameters and gradients
+    in bf16 beside a fp32 master copy, saves memory (ZeRO ≥ 1); fp16: the same in fp16 with a dynamic loss scale, for
+    GPUs without bf16 (ZeRO ≥ 1)."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where Adam's state lives and is updated (cpu needs a C++ compiler once, ZeRO ≥ 1)."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Where parameters live that are not in use (cpu needs ZeRO 3)."""
+    checkpointing: bool = False
+    """Keep only the inputs of residual blocks and embeddings for the backward pass, and compute the rest again: less
+    memory, about a third more time, the same losses."""
+    channels_last: bool = False
+    """Images and feature maps with neighbouring channels side by side in memory, which convolutions on GPUs prefer."""
+    compile: bool = False
+    """Run the network through torch.compile: minutes at the start, faster steps (needs a C++ compiler)."""
+    overlap_comm: bool = False
+    """Overlap of gradient reduction with the backward pass (ZeRO ≥ 1)."""
+    cpu_threads: int | None = Field(default=None, ge=1)
+    """Threads per rank without a GPU; None shares the cores among the ranks of the node."""
+    timeout_minutes: int = Field(default=30, ge=1)
+    """Limit of one collective call, and of the wait for all ranks at the start."""
+    health_check: bool = True
+    """Before training, time a matrix product on every rank and check what collectives deliver."""
+    stall_minutes: float = Field(default=10.0, gt=0)
+    """Time without progress of a rank after which it ends, with the stacks of its threads in stacks-rank-N.txt; three
+    times as long at the start, in the first step, while saving and at the end; never before data.stall_minutes."""
+    silent_minutes: float = Field(default=3.0, gt=0)
+    """Time without a sign of life (heartbeat/rank-N.json) of another rank after which the run ends, if steps do not go
+    on either; three times as long where stall_minutes is. A dead process of the same machine is seen in seconds."""
+    deepspeed: dict = Field(default_factory=dict)
+    """Further DeepSpeed settings, merged over ours; a key that a field here sets is refused."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> EngineSection:
+        if self.zero == 0:
+            # DeepSpeed 0.19.8 ignores an offload without ZeRO, and its optimizer for 16-bit parameters without ZeRO
+            # takes other steps than every other stage (docs/LOG.md).
+            for name in ("precision", "offload", "overlap_comm"):
+                value = getattr(self, name)
+                if value in ("bf16_params", "fp16", "cpu", True):
+                    shown = str(value).lower() if isinstance(value, bool) else value
+                    raise ValueError(f"{name} {shown} needs zero 1, 2 or 3, which also work on one rank")
+        if self.offload_parameters == "cpu" and self.zero != 3:
+            raise ValueError(f"offload_parameters cpu needs zero 3: zero {self.zero} keeps whole parameters")
+        return self
+
+
+class CheckpointSection(Section):
+    every: int = Field(default=500, ge=1)
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints to keep, beside the best."""
+    copy_to: str | None = None
+    """fsspec URL (s3://…, file:///…) below which, in a folder of the run's name, every finished checkpoint is copied
+    while training goes on; as many are kept there. `--resume auto` fetches the newest where the folder has none."""
+    copy_wait: float = Field(default=300.0, ge=0)
+    """Longest wait at the end of a run for the last copy, s."""
+
+
+class EvalSection(Section):
+    every: int = Field(default=500, ge=0)
+    """Steps between evaluations, beside those before the first step and after the last; 0: only those."""
+    crop: int = Field(default=256, ge=32)
+    """Side of a validation crop, px."""
+    per_tier: int = Field(default=2, ge=1)
+    """Pairs per validation photograph and severity tier."""
+    panels: int = Field(default=6, ge=1)
+    """Rows of panel.png and of the panels in TensorBoard."""
+
+
+class Config(Section):
+    """Everything a run needs to be repeated."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    blur: BlurConfig = BlurConfig()
+    model: ModelSection = ModelSection()
+    features: FeatureSection = FeatureSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _learnable(self) -> Config:
+        loss = self.loss
+        if self.train.distill_steps and not self.model.prior:
+            raise ValueError("train.distill_steps trains the student alone, but model.prior is false: set one of them")
+        if self.features.cache != "off" and not self.model.prior:
+            raise ValueError("features.cache keeps a teacher's features, but model.prior is false: set one of them")
+        if self.model.prior and self.train.distill_steps and not (loss.structure or loss.context or loss.logits):
+            raise ValueError("train.distill_steps has nothing to learn: loss.structure, context and logits are all 0")
+        if loss.match == "same_level" and self.model.student.fusion != "same_level":
+            raise ValueError(
+                "loss.match same_level compares levels without fusion: set model.student.fusion to same_level too"
+            )
+        if loss.cfl_final is not None and self.train.distill_steps == self.train.steps:
+            raise ValueError("loss.cfl_final changes λ over the deblur steps, but all steps distill: leave it out")
+        return self
+
+    def micro_batch(self, world: int) -> int:
+        """Pairs per rank and micro-batch. ValueError if `world` ranks and the accumulation do not divide the batch."""
+        parts = world * self.train.accumulation
+        if self.train.batch % parts:
+            raise ValueError(
+                f"train.batch {self.train.batch} is not divisible by {world} ranks × {self.train.accumulation} "
+                "accumulation steps: choose a multiple"
+            )
+        return self.train.batch // parts

@@ -1,0 +1,98 @@
+"""Precision of a run: what DeepSpeed is told, what the network's forward pass runs under, and what cannot work here."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.config.schema import EngineSection
+
+# Dtype of matrix products and convolutions. `bf16` leaves parameters in fp32; the other two store them in 16 bits.
+COMPUTE = {"bf16": torch.bfloat16, "bf16_params": torch.bfloat16, "fp16": torch.float16}
+SIXTEEN_BIT_PARAMETERS = ("bf16_params", "fp16")
+
+
+def precision_settings(engine: EngineSection) -> dict[str, Any]:
+    """DeepSpeed's settings for a precision.
+
+    Gradients of 16-bit parameters accumulate in fp32 under ZeRO 2 and 3. Under ZeRO 1 that would take another optimizer
+    of DeepSpeed, which keeps whole fp32 gradients on every rank: there they accumulate in the parameters' type.
+    """
+    if engine.precision == "bf16":
+        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    wide = {"data_types": {"grad_accum_dtype": "fp32"}} if engine.zero >= 2 else {}
+    if engine.precision == "bf16_params":
+        return {"bf16": {"enabled": True}, **wide}
+    if engine.precision == "fp16":
+        # Dynamic: halved at an overflow (whose step is left out), doubled after 1000 steps without one.
+        return {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1}, **wide}
+    return {}
+
+
+def autocast(engine: EngineSection, device: torch.device) -> contextlib.AbstractContextManager:
+    """The run's precision, for what runs outside DeepSpeed's forward pass (teacher, evaluation)."""
+    dtype = COMPUTE.get(engine.precision)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def refuse_precision(engine: EngineSection, device: torch.device) -> None:
+    """ValueError where the device cannot compute in the run's precision."""
+    if engine.precision == "fp16":
+        from deepspeed.accelerator import get_accelerator
+
+        if not get_accelerator().is_fp16_supported():
+            raise ValueError(
+                f"engine.precision fp16: DeepSpeed does not support it on this {_name(device)}: use fp32 or bf16"
+            )
+    wants_bf16 = COMPUTE.get(engine.precision) == torch.bfloat16 and device.type == "cuda"
+    if wants_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"engine.precision {engine.precision}: this {_name(device)} computes no bf16: use fp16 or fp32"
+        )
+
+
+def use_sixteen_bit_parameters(module: nn.Module, engine: EngineSection, device: torch.device) -> None:
+    """Let a module whose parameters DeepSpeed turns to 16 bits take fp32 images: its forward runs under autocast, and
+    BatchNorm computes with the fp32 statistics that it keeps."""
+    if engine.precision not in SIXTEEN_BIT_PARAMETERS:
+        return
+    plain = module.forward
+
+    @functools.wraps(plain)
+    def forward(*inputs: Any, **keywords: Any) -> Any:
+        # Inside the module: DeepSpeed turns off an autocast that surrounds its engine.
+        with autocast(engine, device):
+            return plain(*inputs, **keywords)
+
+    module.forward = forward
+    F.batch_norm = _batch_norm
+
+
+_torch_batch_norm = F.batch_norm
+
+
+@functools.wraps(_torch_batch_norm)
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *rest: Any,
+    **keywords: Any,
+) -> Tensor:
+    """torch's, with scale and shift in the statistics' type: its kernels take 16-bit inputs only with parameters all of
+    one type, and DeepSpeed keeps buffers in fp32 beside 16-bit parameters. The whole process has it, because the
+    recomputation of checkpointed blocks runs outside of the module's forward."""
+    if running_mean is not None:
+        weight, bias = (None if value is None else value.to(running_mean.dtype) for value in (weight, bias))
+    return _torch_batch_norm(input, running_mean, running_var, weight, bias, *rest, **keywords)
+
+
+def _name(device: torch.device) -> str:
+    return f"GPU ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "CPU"

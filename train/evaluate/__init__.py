@@ -1,0 +1,1 @@
+"""Scores and what is shown of them: metrics, tables, pictures, reports."""

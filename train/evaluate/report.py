@@ -1,0 +1,196 @@
+"""What a run shows: panel.png, curve.png, similarity.png and report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from train.evaluate.scores import Evaluation, Score
+
+GAP, LABEL = 6, 22  # px between pictures, and of the line of text above a row
+
+
+def draw_panel(pictures: Sequence[tuple[Score, np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Rows of blurry | restored | sharp with tier, extent and PSNR above each; uint8 RGB [H, W, 3].
+
+    Every picture is shown pixel for pixel. ValueError on no pictures.
+    """
+    if not pictures:
+        raise ValueError("a panel needs at least one pair of pictures")
+    height, width = pictures[0][1].shape[:2]
+    canvas = Image.new("RGB", (3 * width + 4 * GAP, len(pictures) * (height + LABEL + GAP) + GAP), (24, 24, 24))
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=14)
+    for row, (score, *images) in enumerate(pictures):
+        top = GAP + row * (height + LABEL + GAP)
+        texts = (
+            f"blurry: {score.tier}, {score.extent:.0f} px, {score.input_psnr:.2f} dB",
+            f"restored: {score.restored_psnr:.2f} dB ({score.gain:+.2f})",
+            f"sharp: {score.key}",
+        )
+        for column, (text, image) in enumerate(zip(texts, images, strict=True)):
+            left = GAP + column * (width + GAP)
+            draw.text((left, top + 2), text, fill=(235, 235, 235), font=font)
+            canvas.paste(Image.fromarray(image), (left, top + LABEL))
+    return np.asarray(canvas)
+
+
+def draw_curve(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss of every logged step (and its running median), and the validation gain per tier, over steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    evaluations = [record for record in records if "tiers" in record]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    if steps:
+        x, y = np.array(steps, np.float64).T
+        left.plot(x, y, color="0.8", linewidth=0.8, label="step")
+        half = max(1, len(y) // 40)
+        smooth = [np.median(y[max(0, i - half) : i + half + 1]) for i in range(len(y))]
+        left.plot(x, smooth, color="tab:blue", label="running median")
+        left.set(xlabel="step", ylabel="loss", yscale="log" if y.min() > 0 else "linear")
+        left.legend(frameon=False)
+    for tier in dict.fromkeys(row["tier"] for record in evaluations for row in record["tiers"]):
+        if tier == "identity":
+            continue  # its gain is a loss of many dB from nearly sharp pictures: the table has it
+        points = [(r["step"], row["gain"]) for r in evaluations for row in r["tiers"] if row["tier"] == tier]
+        right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=tier)
+    right.axhline(0, color="0.7", linewidth=0.8)
+    right.set(xlabel="step", ylabel="gain over the blurry input, dB")
+    if evaluations:
+        right.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def draw_similarity(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """The prior's similarity to the teacher over steps, a picture per level, beside the student's own features and the
+    untouched teacher on the blurry image. False, and no file, where nothing was measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measured = [record for record in records if record.get("similarity")]
+    if not measured:
+        return False
+    levels = len(measured[0]["similarity"])
+    figure = Figure(figsize=(2.9 * levels + 0.6, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    steps = [record["step"] for record in measured]
+    lines = (
+        ("similarity", "prior", {"color": "tab:blue", "marker": "o", "markersize": 3}),
+        ("student_similarity", "student alone", {"color": "tab:orange", "marker": "s", "markersize": 3}),
+        ("blurry_similarity", "teacher on the blurry image", {"color": "0.45", "linestyle": "--"}),
+    )
+    for level, axes in enumerate(figure.subplots(1, levels, sharex=True, sharey=True, squeeze=False)[0]):
+        for name, label, style in lines:
+            if all(record.get(name) for record in measured):
+                axes.plot(steps, [record[name][level] for record in measured], label=label, **style)
+        axes.set(title=f"level {level + 1}, stride {4 * 2**level}", xlabel="step")
+        axes.grid(color="0.92")
+        if level == 0:
+            axes.set_ylabel("cosine similarity to the\nteacher on the sharp image")
+            handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def tier_table(evaluation: Evaluation) -> str:
+    """The table of a report: a Markdown row per severity tier."""
+    lines = [
+        "| tier | pairs | input PSNR | restored PSNR | gain, dB (95 % interval) | input SSIM | restored SSIM |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in evaluation.tiers():
+        interval = f"{row.low:+.3f} … {row.high:+.3f}" if np.isfinite(row.low) else "one sample: no interval"
+        lines.append(
+            f"| {row.tier} | {row.pairs} | {row.input_psnr:.2f} | {row.restored_psnr:.2f} "
+            f"| {row.gain:+.3f} ({interval}) | {row.input_ssim:.4f} | {row.restored_ssim:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def tier_lines(evaluation: Evaluation) -> list[str]:
+    """The table as plain lines for a terminal."""
+    return [
+        f"{row.tier:9s} {row.pairs:4d} pairs  {row.input_psnr:6.2f} → {row.restored_psnr:6.2f} dB  "
+        f"gain {row.gain:+.3f} ({row.low:+.3f} … {row.high:+.3f})  SSIM {row.input_ssim:.4f} → {row.restored_ssim:.4f}"
+        for row in evaluation.tiers()
+    ]
+
+
+def similarity_table(evaluation: Evaluation, before: Sequence[float]) -> str:
+    """Mean cosine similarity to the teacher per level: of the prior at the start and now, of the student's own features
+    now, and of the teacher's view of the blurry."""
+    lines = [
+        "| level | stride | prior at the start | prior now | student alone | teacher on the blurry image |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for level, now in enumerate(evaluation.similarity):
+        first = f"{before[level]:.3f}" if level < len(before) else "not measured"
+        own = f"{evaluation.student_similarity[level]:.3f}" if evaluation.student_similarity else "other channels"
+        blurry = evaluation.blurry_similarity[level]
+        lines.append(f"| {level + 1} | {4 * 2**level} | {first} | {now:.3f} | {own} | {blurry:.3f} |")
+    return "\n".join(lines)
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """One honest sentence per tier group about the gain."""
+    rows = {row.tier: row for row in evaluation.tiers()}
+    sentences = []
+    for tier in ("severe", "extreme"):
+        row = rows.get(tier)
+        if row is None or not np.isfinite(row.low):
+            continue
+        if row.low > 0:
+            said = "is better than the blurry input, with an interval above 0"
+        elif row.high < 0:
+            said = "is WORSE than the blurry input"
+        else:
+            said = "cannot be told from the blurry input"
+        sentences.append(f"On the {tier} tier the restored picture {said} ({row.gain:+.3f} dB).")
+    return " ".join(sentences)
+
+
+def write_report(
+    path: Path,
+    evaluation: Evaluation,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    before: Sequence[float],
+    notes: Sequence[str] = (),
+    curve: bool = True,
+) -> None:
+    """report.md beside panel.png and (with `curve`) curve.png. `before`: similarities at the start of the run."""
+    tiles = len({score.key for score in evaluation.scores})
+    lines = [f"# {title}", "", verdict(evaluation), *notes, "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += ["", "## Gain over the blurry input", "", tier_table(evaluation), ""]
+    lines += [
+        "PSNR: RGB, whole crop, 8 bit, mean over pairs (equal pictures count as 60 dB). SSIM: scikit-image, Gaussian "
+        f"window σ 1.5, per channel. The interval is a bootstrap over the {tiles} validation samples: each is drawn "
+        "with all its pairs. Samples cut from one photograph resemble each other, so it is narrower than one over "
+        "photographs would be.",
+        "",
+        "![blurry, restored, sharp](panel.png)",
+        "",
+    ]
+    if curve:
+        lines += ["![loss and gain](curve.png)", ""]
+    if evaluation.similarity:
+        lines += ["## The prior's similarity to the teacher", "", similarity_table(evaluation, before), ""]
+        lines += [
+            "Mean cosine similarity of standardised features on the validation pairs: the prior sees the blurry image, "
+            "the teacher the sharp one. The last column is what the untouched teacher makes of the blurry image.",
+            "",
+        ]
+        if curve:
+            lines += ["![similarity of every level over the steps](similarity.png)", ""]
+    path.write_text("\n".join(lines), encoding="utf-8")

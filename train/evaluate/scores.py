@@ -1,0 +1,196 @@
+"""Scores of restored pairs, per severity tier, and the prior's similarity to the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.blur import TIERS
+from data.shards.set import ShardSet
+from train.evaluate.metrics import bootstrap_mean_interval, psnr, ssim, to_uint8
+
+VALIDATION_SEED = 0  # the validation list is the same for every training seed
+PANEL_TIERS = ("severe", "extreme", "moderate")
+SEVERE = ("severe", "extreme")
+PSNR_CAP = 60.0  # dB; equal pictures have infinite PSNR, which has no mean
+INTERVAL_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Score:
+    """One restored pair. PSNR in dB (capped at 60), `ssim` as in `metrics`."""
+
+    key: str
+    tier: str
+    extent: float
+    input_psnr: float
+    restored_psnr: float
+    input_ssim: float
+    restored_ssim: float
+
+    @property
+    def gain(self) -> float:
+        """Restored minus input PSNR, dB."""
+        return self.restored_psnr - self.input_psnr
+
+
+@dataclass(frozen=True)
+class TierSummary:
+    """Means over the pairs of one tier; `low`, `high` bound the mean gain (95 %, bootstrap over samples)."""
+
+    tier: str
+    pairs: int
+    samples: int
+    input_psnr: float
+    restored_psnr: float
+    gain: float
+    low: float
+    high: float
+    input_ssim: float
+    restored_ssim: float
+
+
+@dataclass
+class Evaluation:
+    """Scores of all pairs; per level, the mean cosine similarity to the teacher's features of the sharp picture of the
+    prior, of the student's own features (empty where their channels differ), and, as a yardstick, of the untouched
+    teacher's features of the blurry picture. All empty without a prior."""
+
+    scores: list[Score] = field(default_factory=list)
+    similarity: list[float] = field(default_factory=list)
+    student_similarity: list[float] = field(default_factory=list)
+    blurry_similarity: list[float] = field(default_factory=list)
+    pictures: list[tuple[Score, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def tiers(self) -> list[TierSummary]:
+        """A summary per tier that has pairs, from identity to extreme."""
+        summaries = []
+        others = sorted({score.tier for score in self.scores} - set(TIERS))
+        for tier in (*TIERS, *others):
+            rows = [score for score in self.scores if score.tier == tier]
+            if rows:
+                summaries.append(_summary(tier, rows))
+        return summaries
+
+    def severe_gain(self) -> float:
+        """Mean gain over the severe and extreme pairs, dB: what the best checkpoint is chosen by."""
+        gains = [score.gain for score in self.scores if score.tier in SEVERE]
+        return float(np.mean(gains or [score.gain for score in self.scores]))
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for metrics.jsonl."""
+        return {
+            "tiers": [asdict(summary) for summary in self.tiers()],
+            "similarity": self.similarity,
+            "student_similarity": self.student_similarity,
+            "blurry_similarity": self.blurry_similarity,
+        }
+
+
+def _summary(tier: str, rows: Sequence[Score]) -> TierSummary:
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(score, name) for score in rows]))
+
+    keys = [score.key for score in rows]
+    low, high = bootstrap_mean_interval([score.gain for score in rows], keys, level=INTERVAL_LEVEL)
+    return TierSummary(
+        tier, len(rows), len(set(keys)), mean("input_psnr"), mean("restored_psnr"), mean("gain"), low, high,
+        mean("input_ssim"), mean("restored_ssim"),
+    )  # fmt: skip
+
+
+def score_pair(key: str, meta: dict, blurry: np.ndarray, restored: np.ndarray, sharp: np.ndarray) -> Score:
+    """Score uint8 RGB pictures [H, W, 3] of one pair."""
+    return Score(
+        key=key,
+        tier=meta["tier"],
+        extent=float(meta["extent"]),
+        input_psnr=min(psnr(blurry, sharp), PSNR_CAP),
+        restored_psnr=min(psnr(restored, sharp), PSNR_CAP),
+        input_ssim=ssim(blurry, sharp),
+        restored_ssim=ssim(restored, sharp),
+    )
+
+
+@torch.no_grad()
+def evaluate_pairs(
+    network: torch.nn.Module,
+    pairs: Iterable[dict],
+    *,
+    device: torch.device,
+    teacher: torch.nn.Module | None = None,
+    similarity: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor] | None = None,
+    keep: Container[int] = (),
+    forwards: int = 0,
+    dummy_size: int = 64,
+    on_forward: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Restore and score pairs as `data.stream.validation.validation_pairs` yields them, one at a time.
+
+    teacher and similarity: measure the prior too. keep: numbers of the pairs whose pictures stay in the result.
+    forwards: run the network at least this often, on black images of `dummy_size` after the pairs: under ZeRO-3 every
+    rank must call it equally often. on_forward is called after each, and may end the evaluation by an exception. The
+    network is left in the mode it came in.
+    """
+    was_training = network.training
+    network.eval()
+    result = Evaluation()
+    sums: list[torch.Tensor] = []
+    try:
+        for pair in pairs:
+            blurry, sharp = (pair[name][None].to(device).float().div(255) for name in ("blurry", "sharp"))
+            out = network(blurry)
+            seen, restored, truth = (to_uint8(image)[0] for image in (blurry, out.restored[-1], sharp))
+            score = score_pair(pair["key"], pair, seen, restored, truth)
+            result.scores.append(score)
+            if pair["number"] in keep:
+                result.pictures.append((score, seen, restored, truth))
+            if teacher is not None and similarity is not None and out.prior is not None:
+                target = teacher(sharp)
+                seen_by = [out.prior, teacher(blurry), *([out.student] if out.student is not None else [])]
+                sums.append(torch.stack([similarity(features, target) for features in seen_by]).cpu())
+            on_forward()
+        for _ in range(len(result.scores), forwards):
+            network(torch.zeros(1, 3, dummy_size, dummy_size, device=device))
+            on_forward()
+    finally:
+        network.train(was_training)
+    if sums:
+        means = torch.stack(sums).double().mean(0).tolist()
+        result.similarity, result.blurry_similarity, result.student_similarity = [*means, []][:3]
+    return result
+
+
+def merge(parts: Sequence[Evaluation]) -> Evaluation:
+    """One evaluation of the ranks' parts; similarities are weighted by the number of pairs."""
+    whole = Evaluation()
+    for part in parts:
+        whole.scores += part.scores
+        whole.pictures += part.pictures
+    measured = [part for part in parts if part.similarity]
+    if measured:
+        weights = np.array([len(part.scores) for part in measured], np.float64)
+        for name in ("similarity", "student_similarity", "blurry_similarity"):
+            values = np.array([getattr(part, name) for part in measured])
+            setattr(whole, name, (weights @ values / weights.sum()).tolist())
+    whole.scores.sort(key=_place)
+    whole.pictures.sort(key=lambda picture: _place(picture[0]))
+    return whole
+
+
+def panel_numbers(rows: int, shards: ShardSet, crops: int) -> set[int]:
+    """Places in the validation list of a panel's rows: spread over the photographs, chosen by position alone."""
+    tiers = 1 if shards.kind == "pairs" else len(TIERS)
+    numbers = set()
+    for row in range(rows):
+        tier = TIERS.index(PANEL_TIERS[row % len(PANEL_TIERS)]) if tiers > 1 else 0
+        numbers.add((row * len(shards) // rows) * crops * tiers + tier)
+    return numbers
+
+
+def _place(score: Score) -> tuple[str, str, float]:
+    return score.key, score.tier, score.extent

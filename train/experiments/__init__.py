@@ -1,0 +1,1 @@
+"""Studies that start many runs and compare them."""

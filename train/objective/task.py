@@ -1,0 +1,119 @@
+"""What is learned: the trained module, its frozen teacher, and the losses; a batch goes in, a loss comes out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.deblurrer import Deblurrer
+from model.teachers import Teachers
+from train.config.networks import build_teachers
+from train.config.schema import Config
+from train.objective.cross_level import CrossLevelFeatureLoss
+from train.objective.restoration import RestorationLoss
+from train.objective.targets import TeacherFeatures, cache_spec
+
+
+class DeblurTask:
+    """Teacher and losses of a run (without a prior: the restoration loss alone).
+
+    The teacher is not part of the trained module and not in any checkpoint.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        weights = config.loss
+        self.restoration = RestorationLoss(weights.pixel, weights.frequency).to(device)
+        self.teacher: Teachers | None = None
+        self.features: CrossLevelFeatureLoss | None = None
+        self.targets: TeacherFeatures | None = None
+        if config.model.prior:
+            self.teacher = build_teachers(config).to(device)
+            if weights.logits:
+                self.teacher.check_classifiers()
+            self.features = CrossLevelFeatureLoss(
+                self.teacher.channels,
+                structure=weights.structure,
+                context=weights.context,
+                logits=weights.logits,
+                classify=self.teacher.logits if weights.logits else None,
+                match=weights.match,
+                splits=self.teacher.splits,
+                shares=self.teacher.weights,
+            ).to(device)
+
+    def calibrate(self, module: Deblurrer, images: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Measure the features' scales of a fresh run on (blurry, sharp) uint8 batches, the same ones on every rank."""
+        if self.teacher is None or self.features is None:
+            return
+        pairs = [(as_float(blurry, self.device), as_float(sharp, self.device)) for blurry, sharp in images]
+        self.features.calibrate(self.teacher(sharp) for _, sharp in pairs)
+        module.calibrate(self.features.statistics, (blurry for blurry, _ in pairs))
+
+    def open_targets(self, rank: int) -> None:
+        """Have the training batches' features come through the node's cache, where the configuration wants one."""
+        if self.teacher is not None:
+            self.targets = TeacherFeatures(self.teacher, self.config, self.device, rank)
+
+    @property
+    def cache_fingerprint(self) -> str | None:
+        """What the run's feature cache is known by, None without one."""
+        if self.teacher is None or self.config.features.cache == "off":
+            return None
+        return cache_spec(self.teacher, self.config).fingerprint
+
+    def losses(
+        self,
+        forward: Callable[..., Any],
+        batch: dict,
+        *,
+        distill: bool,
+        autocast: contextlib.AbstractContextManager,
+        cfl: float | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch (a mean over its pairs) and its detached parts. distill: the student alone learns. cfl:
+        the weight λ of its feature losses beside the restoration loss; None: the configuration's first."""
+        blurry, sharp = as_float(batch["blurry"], self.device), as_float(batch["sharp"], self.device)
+        out = forward(blurry, prior_only=True) if distill else forward(blurry)
+        total, parts = sharp.new_zeros(()), {}
+        if not distill:
+            loss, parts = self.restoration(out.restored, sharp)
+            total = total + loss
+        weight = 1.0 if distill else self.config.loss.cfl if cfl is None else cfl
+        if self.teacher is not None and self.features is not None and weight > 0:
+            if self.targets is None:
+                with autocast:
+                    target = self.teacher(sharp)
+            else:
+                target = self.targets(sharp, batch, autocast)
+            loss, more = self.features(out.prior, target)
+            total = total + weight * loss
+            parts = {**parts, **more}
+            if self.targets is not None and self.config.features.cache != "off":
+                parts["cached"] = sharp.new_tensor(self.targets.share)
+        if self.config.loss.cfl_final is not None:
+            parts["cfl_weight"] = sharp.new_tensor(weight)
+        return total, parts
+
+    @property
+    def similarity(self) -> Callable | None:
+        """Per-level similarity of the prior to the teacher's features, None without a prior."""
+        return self.features.similarity if self.features is not None else None
+
+    def state_dict(self) -> dict:
+        """The measured statistics."""
+        return self.features.state_dict() if self.features is not None else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take the statistics back."""
+        if self.features is not None:
+            self.features.load_state_dict(state)
+
+
+def as_float(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 [B, 3, H, W] → float32 in [0, 1] on the device."""
+    return images.to(device, non_blocking=True).float().div(255)

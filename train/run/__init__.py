@@ -1,0 +1,1 @@
+"""A run put together: session, step, schedule, records, and its folder."""

@@ -1,0 +1,55 @@
+"""What a report says about its run beside the scores: what trained on what, for how long, on which machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from train.config.networks import teacher_names
+from train.config.schema import Config
+from train.engine.engine import Engine
+from train.engine.zero import trainable
+from train.run.shares import mean_shares
+
+MANY_PAIRS = 1_000_000
+
+
+def run_facts(
+    config: Config, engine: Engine, records: Sequence[Mapping[str, Any]], sources: Mapping[str, str], commit: str | None
+) -> dict[str, str]:
+    """Names and values of a report's table; records: of metrics.jsonl."""
+    return {
+        **sources,
+        "model": f"{config.model.backbone['name']} with "
+        + (f"the prior of {teacher_names(config)}" if config.model.prior else "no prior")
+        + f", {trainable(engine.module):,} trained parameters",
+        "steps": f"{config.train.steps} of {config.train.batch} pairs, {config.data.crop} px crops"
+        + (f"; the first {config.train.distill_steps} distill" if config.train.distill_steps else ""),
+        "seconds in steps": f"{_seconds(records):.0f}",
+        "share of a step": "; ".join(f"{name} {share:.0%}" for name, share in mean_shares(records).items())
+        + " (parts: forward passes; rest: backward and update)",
+        "machine": f"{engine.world} ranks on {engine.device.type}, ZeRO {config.engine.zero}, "
+        f"{config.engine.precision}",
+        "blur": f"preset {config.blur.preset}; validation crops of {config.eval.crop} px",
+        "commit": commit or "not in git",
+    }
+
+
+def run_notes(config: Config, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines below the scores of a run that saw few pairs."""
+    pairs = config.train.steps * config.train.batch
+    if pairs >= MANY_PAIRS:
+        return []
+    return [
+        "",
+        f"This run saw {pairs:,} pairs in {_seconds(records) / 60:.1f} minutes of training. So little buys a small "
+        "gain, about a tenth of a dB; the networks of the literature see millions of crops, for days on GPUs.",
+    ]
+
+
+def _seconds(records: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds in steps, from the log: exact where every step is logged, else scaled up from those that are."""
+    timed = [(record["step"], record["seconds"]) for record in records if "seconds" in record]
+    gaps = [timed[0][0], *(b - a for (a, _), (b, _) in pairwise(timed))] if timed else []
+    return sum(seconds * gap for (_, seconds), gap in zip(timed, gaps, strict=True))

@@ -1,0 +1,132 @@
+"""One optimizer step, asked of every rank at once: is the loss finite, did somebody ask to stop, what was the mean."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from train.engine.engine import Engine
+from train.objective.task import DeblurTask
+from train.run.schedule import cfl_weight, learning_rates
+from train.watch.heartbeat import PROGRESS, beat
+from train.watch.signals import REASONS, StopRequest
+from train.watch.traces import Traces
+
+# What identifies the pairs of a batch.
+BATCH_FACTS = ("key", "box", "flip", "epoch", "source", "position", "tier", "extent")
+
+
+class WeightsNotFiniteError(ValueError):
+    """The weights hold NaN or infinity: nothing that follows could mean anything."""
+
+
+@dataclass
+class StepResult:
+    """What a step did: mean loss and parts over ranks and micro-batches, learning rates, seconds.
+
+    finite: whether loss and gradients of all ranks were. not_finite: what was not, here: `gradients`, or parts of this
+    rank's loss. batches: `BATCH_FACTS` of this rank's.
+    """
+
+    loss: float
+    parts: dict[str, float]
+    lr: float
+    grad_norm: float | None
+    finite: bool
+    wait_s: float
+    total_s: float
+    not_finite: list[str] = field(default_factory=list)
+    batches: list[dict] = field(default_factory=list)
+    overflowed: bool = False
+    loss_scale: float | None = None
+
+    @property
+    def updated(self) -> bool:
+        """Whether the weights moved."""
+        return self.finite and not self.overflowed
+
+
+def micro_batches(loader: Iterator[dict], count: int) -> Iterator[tuple[dict, float]]:
+    """The next `count` micro-batches, each with the seconds this process waited for it."""
+    for _ in range(count):
+        beat("data")
+        asked = time.perf_counter()
+        batch = next(loader)
+        yield batch, time.perf_counter() - asked
+
+
+def training_step(
+    engine: Engine, task: DeblurTask, loader: Iterator[dict], step: int, stop: StopRequest, traces: Traces
+) -> StepResult:
+    """Run the 0-based `step`: accumulate, clip, update. A micro-batch whose loss is not finite on any rank gives no
+    gradient, and its step no update, as a step whose gradients are not; the result says so, and the caller counts."""
+    config = engine.config
+    started = time.perf_counter()
+    distill = step < config.train.distill_steps
+    restorer, prior = learning_rates(step, config)
+    cfl = cfl_weight(step, config)
+    wait_s, finite = 0.0, True
+    means: dict[str, float] = {}
+    not_finite: dict[str, None] = {}
+    batches: list[dict] = []
+    # Rates are set before the last backward: DeepSpeed updates inside `step()` at the accumulation boundary.
+    engine.set_learning_rates(restorer, prior)
+    for batch, waited in micro_batches(loader, config.train.accumulation):
+        beat("step")
+        wait_s += waited
+        traces.begin()
+        loss, parts = task.losses(engine.forward, batch, distill=distill, autocast=engine.autocast(), cfl=cfl)
+        named = {"loss": loss.detach(), **parts}
+        traces.end(waited)
+        flags = [float(not torch.isfinite(loss)), *stop.flags(), *traces.flags()]
+        losses = torch.stack([value.double() for value in named.values()])
+        told = engine.sum(torch.cat([losses, torch.tensor(flags, dtype=torch.float64, device=loss.device)]))
+        told, (bad, *rest) = told[: len(named)], told[len(named) :].tolist()
+        stop.take(rest[: len(REASONS)])
+        traces.take(rest[len(REASONS) :])
+        batches.append({name: batch[name] for name in BATCH_FACTS if name in batch})
+        if bad:
+            finite = False
+            not_finite |= dict.fromkeys(name for name, value in named.items() if not torch.isfinite(value).all())
+            loss = zero_loss(engine, task, batch, distill)
+            engine.set_learning_rates(0.0, 0.0)
+        engine.backward_and_step(loss)
+        for name, value in zip(named, (told / engine.world).tolist(), strict=True):
+            means[name] = means.get(name, 0.0) + value / config.train.accumulation
+    loss_value = means.pop("loss")
+    PROGRESS.done(step + 1)
+    left_out = engine.left_out
+    if left_out and engine.loss_scale is None:  # in fp16 that is no fault of the batch: its loss scale is lowered
+        finite = False
+        not_finite["gradients"] = None
+    return StepResult(
+        loss=loss_value,
+        parts=means,
+        lr=prior if distill else restorer,
+        grad_norm=engine.grad_norm() if finite else None,
+        finite=finite and math.isfinite(loss_value),
+        wait_s=wait_s,
+        total_s=time.perf_counter() - started,
+        not_finite=list(not_finite),
+        batches=batches,
+        overflowed=finite and left_out,
+        loss_scale=engine.loss_scale,
+    )
+
+
+def zero_loss(engine: Engine, task: DeblurTask, batch: dict, distill: bool) -> torch.Tensor:
+    """A loss whose gradient is zero, for a micro-batch that must not count: DeepSpeed wants its backward all the same
+    (it counts micro-batches, and under ZeRO every rank must take part in the reduction)."""
+    black = {name: value for name, value in batch.items() if not name.startswith("feature")}  # of the true crops
+    black |= {name: torch.zeros_like(batch[name]) for name in ("blurry", "sharp")}
+    loss, _ = task.losses(engine.forward, black, distill=distill, autocast=engine.autocast())
+    if not torch.isfinite(loss):
+        raise WeightsNotFiniteError(
+            "the weights themselves are not finite: the run diverged; start again from its last checkpoint: --init it, "
+            "with a lower optim.lr and another run.name"
+        )
+    return loss * 0.0
