@@ -16,8 +16,12 @@ def start_logging(file: Path | None, console: Console) -> None:
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO)
-    shown = RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None)
-    log.addHandler(shown)
+    if console.is_terminal:
+        log.addHandler(RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None))
+    else:  # a pipe or a scheduler's file has no width to wrap lines at
+        plain = logging.StreamHandler(console.file)
+        plain.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%x %X"))
+        log.addHandler(plain)
     if file is not None:
         kept = logging.FileHandler(file, encoding="utf-8")
         kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -40,6 +40,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     from train.engine.engine import Engine
     from train.plan.dry_run import dry_run
     from train.run.bad_steps import BadSteps
+    from train.run.schedule import evaluation_due
     from train.run.session import Session
     from train.run.step import training_step
     from train.watch.health import check_health
@@ -66,10 +67,9 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
             bad.check(step, result)
             if result.updated:
                 run.ema.update()
-            last = step == steps
-            if last or (config.eval.every and step % config.eval.every == 0):
+            if evaluation_due(step, config):
                 run.evaluate(step)
-            if last or step % config.checkpoint.every == 0:
+            if step == steps or step % config.checkpoint.every == 0:
                 run.save(step)
         if not stop.agreed:
             run.finish()

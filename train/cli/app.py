@@ -94,10 +94,8 @@ def evaluate(
     """Gain over the blurry input per severity tier, with intervals."""
     from train.evaluate.offline import evaluate_saved
 
-    evaluate_saved(
-        run, data=data, out=out, which=checkpoint, per_tier=per_tier, crop=crop, overwrite=overwrite,
-        device=_device(device),
-    )  # fmt: skip
+    asked = {"data": data, "out": out, "which": checkpoint, "per_tier": per_tier, "crop": crop, "overwrite": overwrite}
+    evaluate_saved(run, **asked, device=_device(device))
 
 
 @app.command()

@@ -310,6 +310,8 @@ class CheckpointSection(Section):
 class EvalSection(Section):
     every: int = Field(default=500, ge=0)
     """Steps between evaluations, beside those before the first step and after the last; 0: only those."""
+    at_start: bool = True
+    """Evaluate before the first step too, which on a CPU takes minutes."""
     crop: int = Field(default=256, ge=32)
     """Side of a validation crop, px."""
     per_tier: int = Field(default=2, ge=1)

@@ -112,8 +112,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file of a run that distills")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key in every run")
-    parser.add_argument("--ways", nargs="+", default=list(DEFAULT), choices=[*WAYS, "all"], metavar="WAY",
-                        help=f"of {', '.join(WAYS)}, or all")  # fmt: skip
+    ways = {"default": list(DEFAULT), "choices": [*WAYS, "all"], "help": f"of {', '.join(WAYS)}, or all"}
+    parser.add_argument("--ways", nargs="+", metavar="WAY", **ways)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     parser.add_argument("--root", type=Path, default=Path("runs/ablation"), help="folder of the runs")
     return parser.parse_args(arguments)

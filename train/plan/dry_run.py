@@ -113,16 +113,14 @@ def _print_plan(console: Console, config: Config, sets: list[ShardSet], world: i
         iter(pair_loader(single, sets, start=0, batches=BATCHES_SHOWN, rank=rank, world=world))
         for rank in range(min(world, 2))
     ]
-    table = Table("step", "rank", "sample", "box (top, left, px)", "tier", "extent, px", "input PSNR, dB",
-                  title="The plan's first pairs")  # fmt: skip
+    heads = ("step", "rank", "sample", "box (top, left, px)", "tier", "extent, px", "input PSNR, dB")
+    table = Table(*heads, title="The plan's first pairs")
     for step in range(BATCHES_SHOWN):
         for rank, loader in enumerate(loaders):
             batch = next(loader)
             top, left, side = batch["box"][0].tolist()
-            table.add_row(
-                str(step), str(rank), batch["key"][0], f"{top}, {left}, {side}", batch["tier"][0],
-                f"{batch['extent'][0]:.1f}", f"{batch['input_psnr'][0]:.2f}",
-            )  # fmt: skip
+            place, blur = f"{top}, {left}, {side}", (batch["tier"][0], f"{batch['extent'][0]:.1f}")
+            table.add_row(str(step), str(rank), batch["key"][0], place, *blur, f"{batch['input_psnr'][0]:.2f}")
             for _ in range(config.train.accumulation - 1):
                 next(loader)
     console.print(table)

@@ -50,10 +50,8 @@ def stages_of(config: Config, cluster: Cluster) -> list[Stage]:
         memory = sizes[ON_DEVICE] + fixed
         moved = collectives(staged, gradients, zero)
         fits = memory <= USABLE * cluster.memory * 2**30
-        work = step_work(
-            staged, micro, macs, sum(each for each, _ in of_teachers), sizes["activations"], operators,
-            sum(each for _, each in of_teachers),
-        )  # fmt: skip
+        taught, launched = (sum(each[n] for each in of_teachers) for n in (0, 1))
+        work = step_work(staged, micro, macs, taught, sizes["activations"], operators, launched)
         stages.append(Stage(zero, memory, fits, moved, step_time(cluster, work, moved)))
     return stages
 
@@ -102,24 +100,23 @@ def _divisible(config: Config, cluster: Cluster, console: Console) -> Config:
 
 
 def _print_stages(console: Console, cluster: Cluster, stages: list[Stage], configured: int) -> None:
-    table = Table(
-        "ZeRO", "memory a rank, GiB", "collectives a step (payload, MB)", "sent a rank and step, MB", "compute, ms",
-        "communication, ms", "step, ms", "computing", title="An optimizer step",
-    )  # fmt: skip
+    rows = []
     for stage in stages:
-        wire = sum(moved.wire(cluster.world) for moved in stage.moved)
-        table.add_row(
-            f"{stage.zero}{' (configured)' if stage.zero == configured else ''}",
-            f"{stage.memory / 2**30:.2f}" + ("" if stage.fits else " (too much)"),
-            ", ".join(f"{moved.op} of {moved.what} {moved.payload / 1e6:.1f}" for moved in stage.moved)
-            if cluster.world > 1
-            else "none: one rank",
-            f"{wire / 1e6:.1f}",
-            f"{stage.step.compute * 1e3:.1f}",
-            f"{stage.step.communication * 1e3:.1f}",
-            f"{stage.step.total * 1e3:.1f}",
-            f"{stage.step.efficiency:.0%}",
-        )
+        moved = ", ".join(f"{each.op} of {each.what} {each.payload / 1e6:.1f}" for each in stage.moved)
+        row = {
+            "ZeRO": f"{stage.zero}{' (configured)' if stage.zero == configured else ''}",
+            "memory a rank, GiB": f"{stage.memory / 2**30:.2f}" + ("" if stage.fits else " (too much)"),
+            "collectives a step (payload, MB)": moved if cluster.world > 1 else "none: one rank",
+            "sent a rank and step, MB": f"{sum(each.wire(cluster.world) for each in stage.moved) / 1e6:.1f}",
+            "compute, ms": f"{stage.step.compute * 1e3:.1f}",
+            "communication, ms": f"{stage.step.communication * 1e3:.1f}",
+            "step, ms": f"{stage.step.total * 1e3:.1f}",
+            "computing": f"{stage.step.efficiency:.0%}",
+        }
+        rows.append(row)
+    table = Table(*rows[0], title="An optimizer step")
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
 
 

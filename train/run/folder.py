@@ -11,9 +11,7 @@ from data.files import write_text
 from train.config.file import dump_config
 from train.config.schema import Config
 
-_MADE_AT_START = {
-    ".lock", "config.yaml", "log.txt", "checkpoints", "tensorboard", "STOP", "STOPPED", "heartbeat", "traces",
-}  # fmt: skip
+_MADE_AT_START = {".lock", "config.yaml", "log.txt", "checkpoints", "tensorboard", "heartbeat", "traces"}
 
 
 class RunFolderError(ValueError):
@@ -33,6 +31,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
+        self.panel, self.curve, self.report = (path / name for name in ("panel.png", "curve.png", "report.md"))
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:
@@ -100,4 +99,4 @@ class RunFolder:
 
 
 def _made_at_start(name: str) -> bool:
-    return name in _MADE_AT_START or name.startswith("stacks-rank-")
+    return name in _MADE_AT_START or name.startswith(("STOP", "stacks-rank-"))

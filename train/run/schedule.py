@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+"""What happens at a step, as pure functions of it, so that resuming needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -40,3 +40,10 @@ def cfl_weight(step: int, config: Config) -> float:
     done = min(1.0, done)
     share = done if config.loss.cfl_schedule == "linear" else 0.5 * (1 - math.cos(math.pi * done))
     return first + (last - first) * share
+
+
+def evaluation_due(step: int, config: Config) -> bool:
+    """Whether an evaluation belongs to where a run stands with `step` steps done."""
+    if step == 0:
+        return config.eval.at_start
+    return step == config.train.steps or bool(config.eval.every and step % config.eval.every == 0)

@@ -45,8 +45,8 @@ def explained(work: Callable[[], None], stop: StopRequest | None = None) -> int:
         return _leave(INTERRUPTED)
     except Exception as error:
         if _collective_failed(error):
-            print(f"a collective operation failed ({_line(error)[:200]}): looking for the rank that is gone",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            said = f"a collective operation failed ({_line(error)[:200]}): looking for the rank that is gone"
+            print(said, file=sys.stderr, flush=True)
             blame()
         leaving(FAILED, f"{type(error).__name__}: {_line(error)[:200]}")
         traceback.print_exc()

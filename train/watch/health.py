@@ -40,11 +40,11 @@ def check_health(engine: Engine) -> list[Health]:
     ranks = engine.gather(Health(engine.rank, socket.gethostname(), matmul_s, sum_s))
     for line in slow_lines(ranks) if engine.main else []:  # elsewhere a warning would go to stderr, once a rank
         log.warning(line)
+    products, slowest_sum = [1000 * rank.matmul_s for rank in ranks], 1000 * max(rank.sum_s for rank in ranks)
     log.info(
-        "health: %d ranks on %d hosts, matrix product %.2f ms (slowest %.2f), all-reduce of 4 MiB %.2f ms",
-        len(ranks), len({rank.host for rank in ranks}), 1000 * statistics.median(rank.matmul_s for rank in ranks),
-        1000 * max(rank.matmul_s for rank in ranks), 1000 * max(rank.sum_s for rank in ranks),
-    )  # fmt: skip
+        f"health: {len(ranks)} ranks on {len({rank.host for rank in ranks})} hosts, matrix product "
+        f"{statistics.median(products):.2f} ms (slowest {max(products):.2f}), all-reduce of 4 MiB {slowest_sum:.2f} ms"
+    )
     return ranks
 
 

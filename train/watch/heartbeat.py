@@ -93,11 +93,9 @@ class HeartbeatFile:
     def write(self, state: str = RUNNING, message: str = "") -> None:
         """Replace the file at once; where the disk is full its time is renewed instead, which the others see too."""
         self.written += 1
-        beat = Beat(
-            run=self.run, rank=self.rank, **self._who, state=state, message=message, phase=PROGRESS.phase,
-            step=PROGRESS.step, beats=PROGRESS.beats, written=self.written,
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
-        )  # fmt: skip
+        now = {"phase": PROGRESS.phase, "step": PROGRESS.step, "beats": PROGRESS.beats, "written": self.written}
+        now["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+        beat = Beat(self.run, self.rank, **self._who, state=state, message=message, **now)
         temporary = self.path.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps(asdict(beat)) + "\n")

@@ -39,6 +39,14 @@ def test_a_fresh_run_starts_as_the_identity(runs, unbroken):
     assert all(abs(row["gain"]) < 1e-9 for row in first["tiers"])
 
 
+def test_the_evaluation_before_the_first_step_can_be_left_out(runs):
+    runs.run("no_start", train__steps=1, eval__at_start="false")
+    records = runs.records("no_start")
+    assert [record["step"] for record in records] == [1, 1]
+    assert "tiers" in records[1]
+    assert "not measured" in (runs.folder("no_start") / "report.md").read_text()
+
+
 def test_distill_steps_train_the_student_alone(runs, unbroken):
     records = {record["step"]: record for record in runs.records(unbroken) if "loss" in record}
     assert "pixel" not in records[4]

@@ -1,0 +1,119 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard, the progress bar, and in the end its report."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from train.config.schema import Config
+from train.engine.engine import Engine
+from train.evaluate.report import draw_curve, draw_panel, draw_similarity, tier_lines, write_report
+from train.evaluate.scores import Evaluation
+from train.log import log
+from train.run.facts import run_facts, run_notes
+from train.run.folder import RunFolder
+from train.run.progress import TrainingProgress
+from train.run.shares import StepShares
+from train.run.step import StepResult
+
+
+class Records:
+    """The records of a run, on rank 0 alone. `step`: where the run stands when they are opened. Use as a context
+    manager: leaving it closes the files and ends the bar."""
+
+    def __init__(self, folder: RunFolder, config: Config, console: Console, step: int, shares: StepShares) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # seconds, and of rank 0 alone
+
+        self.folder, self.config, self.shares = folder, config, shares
+        folder.write_config(config)
+        self._open = contextlib.ExitStack()
+        self._writer = self._open.enter_context(SummaryWriter(str(folder.tensorboard), purge_step=step + 1))
+        self._bar = TrainingProgress(console, step, config.train.steps)
+        self._showing = contextlib.ExitStack()
+        self._open.callback(self.end_bar)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def begin_bar(self) -> None:
+        """Show progress from now on."""
+        self._showing.enter_context(self._bar)
+
+    def end_bar(self) -> None:
+        """Leave the bar as it stands."""
+        self._showing.close()
+
+    def step(self, step: int, result: StepResult) -> None:
+        """Show a finished step, and write it down where `train.log_every` says so."""
+        self._bar.update(step, result)
+        shares = self.shares.take(result.total_s, result.wait_s)
+        if not logged(step, self.config):
+            return
+        values = {"loss": result.loss, **result.parts, "lr": result.lr, "grad_norm": result.grad_norm}
+        values |= {"wait_share": result.wait_s / result.total_s, "seconds": result.total_s}
+        if result.loss_scale is not None:
+            values["loss_scale"] = result.loss_scale
+        values = finite(values)
+        self.folder.append_metrics({"step": step, **values, "shares": shares})
+        self._scalars("train", {name: value for name, value in values.items() if value is not None}, step)
+
+    def evaluation(self, step: int, evaluation: Evaluation, seconds: float) -> None:
+        """Write down and say what an evaluation after `step` steps found."""
+        self.folder.append_metrics({"step": step, **finite(evaluation.record())})
+        rows = evaluation.tiers()
+        self._scalars("gain", {row.tier: row.gain for row in rows}, step)
+        self._scalars("psnr", {row.tier: row.restored_psnr for row in rows}, step)
+        self._scalars("similarity", {f"level{n}": value for n, value in enumerate(evaluation.similarity, 1)}, step)
+        self._writer.add_image("panel", draw_panel(evaluation.pictures), step, dataformats="HWC")
+        gains = "  ".join(f"{row.tier} {row.gain:+.3f}" for row in rows)
+        log.info("step %d: gain in dB: %s  (%d pairs, %.0f s)", step, gains, len(evaluation.scores), seconds)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an evaluation after `step` steps is written down."""
+        return any(record["step"] == step and "tiers" in record for record in self.folder.read_metrics())
+
+    def report(self, evaluation: Evaluation, engine: Engine, sources: Mapping[str, str], commit: str | None) -> None:
+        """panel.png, curve.png, similarity.png, report.md."""
+        from PIL import Image
+
+        records, folder = self.folder.read_metrics(), self.folder
+        Image.fromarray(draw_panel(evaluation.pictures)).save(folder.panel)
+        draw_curve(records, folder.curve)
+        draw_similarity(records, folder.path / "similarity.png")
+        first = next((record for record in records if record["step"] == 0 and "similarity" in record), {})
+        write_report(
+            folder.report,
+            evaluation,
+            title=f"Run {self.config.run.name}",
+            facts=run_facts(self.config, engine, records, sources, commit),
+            before=first.get("similarity", []),
+            notes=run_notes(self.config, records),
+        )
+        for line in tier_lines(evaluation):
+            log.info(line)
+        log.info("report: %s  pictures: %s", folder.report, folder.panel)
+
+    def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def logged(step: int, config: Config) -> bool:
+    """Whether a step is written down."""
+    return step % config.train.log_every == 0 or step == config.train.steps
+
+
+def finite(value: Any) -> Any:
+    """The same value with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
