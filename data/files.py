@@ -1,26 +1,43 @@
-"""Small files that are there whole or not at all, whenever their writer is killed."""
+"""Files that are there whole or not at all, whenever their writer is killed."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
-def _temporary(path: Path) -> Path:
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path` for the block to write; it takes the name `path` when the block ends.
+
+    After an error nothing of it is left, and `path` is what it was. durable: on the disk before it takes the name, and
+    the name too, so that a machine that loses power has the old file or the new one; without, only a killed writer
+    does no harm, which is enough for what the next moment writes again.
+    """
     # Of this process alone: a writer that outlives its killed parent for a moment must not share a file with the next.
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if durable:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds the old bytes or all the new ones, whenever the writer is killed."""
-    temporary = _temporary(path)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+def write_atomically(path: Path, data: bytes | str, *, durable: bool = True) -> None:
+    """Write bytes, or text as UTF-8, so that `path` holds the old or all of the new; `durable` as in `replacing`."""
+    with replacing(path, durable=durable) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+write_text = write_atomically
 
 
 def sync_folder(folder: Path) -> None:
@@ -30,13 +47,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

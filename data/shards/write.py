@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from data.errors import DataError
-from data.files import _temporary, sync_folder, write_atomically
+from data.files import replacing, write_atomically
 from data.image import image_size, is_image
 from data.shards.set import FORMAT, VERSION
 from data.shards.tar import _BLOCK, INDEX, KEY, MAX_KEY
@@ -40,46 +39,34 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
     """
     record: dict = {"name": path.name, "bytes": 0, "sha256": "", "keys": [], "heights": [], "widths": [], "members": {}}
     digest, offset, seen = hashlib.sha256(), 0, set()
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
 
-            def put(data: bytes) -> None:
-                nonlocal offset
-                file.write(data)
-                digest.update(data)
-                offset += len(data)
+        def put(data: bytes) -> None:
+            nonlocal offset
+            file.write(data)
+            digest.update(data)
+            offset += len(data)
 
-            for number, (key, members) in enumerate(samples):
-                _check_sample(key, members)
-                if key in seen:
-                    raise DataError(f"{path}: sample key {key!r} comes twice; keys must be unique in a set")
-                seen.add(key)
-                height, width = _sample_size(key, members)
-                for column, value in (("keys", key), ("heights", height), ("widths", width)):
-                    record[column].append(value)
-                for ext, data in members.items():
-                    header = tarfile.TarInfo(f"{key}.{ext}")
-                    header.size, header.mode = (
-                        len(data),
-                        0o644,
-                    )  # mtime, uid, gid stay 0: the same bytes on every machine
-                    put(header.tobuf(tarfile.USTAR_FORMAT))
-                    rows = record["members"].setdefault(ext, [])
-                    rows.extend([None] * (number - len(rows)))
-                    rows.append([offset, len(data), zlib.crc32(data)])
-                    put(data + bytes(-len(data) % _BLOCK))
-            put(bytes(2 * _BLOCK + -(offset + 2 * _BLOCK) % tarfile.RECORDSIZE))
-            file.flush()
-            os.fsync(file.fileno())
-        for rows in record["members"].values():
-            rows.extend([None] * (len(record["keys"]) - len(rows)))
-        record["bytes"], record["sha256"] = offset, digest.hexdigest()
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return record
+        for number, (key, members) in enumerate(samples):
+            _check_sample(key, members)
+            if key in seen:
+                raise DataError(f"{path}: sample key {key!r} comes twice; keys must be unique in a set")
+            seen.add(key)
+            height, width = _sample_size(key, members)
+            for column, value in (("keys", key), ("heights", height), ("widths", width)):
+                record[column].append(value)
+            for ext, data in members.items():
+                header = tarfile.TarInfo(f"{key}.{ext}")  # mtime, uid, gid stay 0: the same bytes on every machine
+                header.size, header.mode = len(data), 0o644
+                put(header.tobuf(tarfile.USTAR_FORMAT))
+                rows = record["members"].setdefault(ext, [])
+                rows.extend([None] * (number - len(rows)))
+                rows.append([offset, len(data), zlib.crc32(data)])
+                put(data + bytes(-len(data) % _BLOCK))
+        put(bytes(2 * _BLOCK + -(offset + 2 * _BLOCK) % tarfile.RECORDSIZE))
+    for rows in record["members"].values():
+        rows.extend([None] * (len(record["keys"]) - len(rows)))
+    return {**record, "bytes": offset, "sha256": digest.hexdigest()}
 
 
 def write_index(root: Path, records: Iterable[dict], info: Mapping | None = None) -> Path:
@@ -94,7 +81,7 @@ def write_index(root: Path, records: Iterable[dict], info: Mapping | None = None
                 )
             keys.add(key)
     path = Path(root) / INDEX
-    write_atomically(path, (json.dumps(index, separators=(",", ":"), sort_keys=True) + "\n").encode())
+    write_atomically(path, json.dumps(index, separators=(",", ":"), sort_keys=True) + "\n")
     return path
 
 
