@@ -5,6 +5,7 @@ white (what a viewer shows); EXIF orientation is applied. Floating-point and pal
 """
 
 import io
+import math
 import struct
 
 import cv2
@@ -122,8 +123,17 @@ def encode_png(image: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """PSNR in dB of two uint8 arrays of one shape, peak 255, over all pixels and channels; inf where equal."""
-    difference = a.astype(np.int32) - b.astype(np.int32)
-    mse = float(np.mean(difference * difference, dtype=np.float64))
-    return float("inf") if mse == 0 else float(10 * np.log10(255.0**2 / mse))
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """PSNR in dB between two uint8 pictures [H, W, C] or [H, W] of one shape; inf when they are equal.
+
+    Raises ValueError when shapes differ, a picture is empty, or a dtype is not uint8.
+    """
+    if first.dtype != np.uint8 or second.dtype != np.uint8:
+        raise ValueError(f"psnr of {first.dtype} and {second.dtype}: give two uint8 pictures")
+    if first.shape != second.shape or first.size == 0:
+        raise ValueError(f"psnr of shapes {first.shape} and {second.shape}: give two pictures of one, non-empty shape")
+    # cv2.norm accumulates squares in exact integers blockwise; flattening admits any number of channels.
+    squares = cv2.norm(
+        np.ascontiguousarray(first).reshape(-1), np.ascontiguousarray(second).reshape(-1), cv2.NORM_L2SQR
+    )
+    return math.inf if squares == 0 else 10.0 * math.log10(255.0**2 * first.size / squares)

@@ -6,9 +6,10 @@ pairs in batches on a GPU; `data.blur.frames.average_window` makes them from vid
 
 from data.blur.attempt import Attempt, PairPlan, draw_attempt, plan_pair
 from data.blur.config import BlurConfig
-from data.blur.pair import BlurPair, pair_from_seed, pair_of_plan, synthesize_pair
+from data.blur.pair import BlurPair, pair_of_plan, synthesize_pair
 from data.blur.rng import sample_rng
-from data.blur.severity import TIERS, psnr, severity_of
+from data.blur.severity import TIERS, severity_of
+from data.image import psnr
 
 __all__ = [
     "TIERS",
@@ -17,7 +18,6 @@ __all__ = [
     "BlurPair",
     "PairPlan",
     "draw_attempt",
-    "pair_from_seed",
     "pair_of_plan",
     "plan_pair",
     "psnr",

@@ -86,7 +86,7 @@ def blurred_light_batch(attempts: Sequence[Attempt], device: torch.device | str)
     for i in set(range(len(attempts))) - set(uniform):
         light = _scene(attempts[i].window, attempts[i], device)
         result[i] = _rotated(light, attempts[i].recipe.motion, size).permute(1, 2, 0)
-    white = np.stack([camera.white_of(attempt.window, _curve(attempt)) for attempt in attempts])
+    white = np.stack([camera.white_of(attempt.window, attempt.recipe.photometry.response) for attempt in attempts])
     white = torch.from_numpy(white).to(device)[:, None, None]
     return torch.minimum(result.clamp_min(0), white)
 
@@ -94,7 +94,7 @@ def blurred_light_batch(attempts: Sequence[Attempt], device: torch.device | str)
 def _scene(codes: np.ndarray, attempt: Attempt, device: torch.device) -> torch.Tensor:
     """Scene light [3, H, W] float32 of codes [H, W, 3] uint8: decoded, highlights boosted."""
     pixels = torch.from_numpy(codes).to(device).permute(2, 0, 1).int()
-    light = torch.from_numpy(_curve(attempt).to_linear).to(device)[pixels]
+    light = torch.from_numpy(attempt.recipe.photometry.response.to_linear).to(device)[pixels]
     boost = attempt.recipe.photometry.highlight_boost
     if boost <= 0:
         return light
@@ -181,7 +181,7 @@ def _rotated(light: torch.Tensor, motion: Rotation, size: int) -> torch.Tensor:
 
 def _encode(light: torch.Tensor, photometry: Sequence[camera.Photometry]) -> torch.Tensor:
     """uint8 codes of light [B, S, S, 3], each sample by its own response curve."""
-    tables = np.stack([camera.response_curve(p.curve, p.curve_parameter).to_code for p in photometry])
+    tables = np.stack([p.response.to_code for p in photometry])
     entries = tables.shape[1] - 1
     index = (light.clamp(0, 1).sqrt() * entries + 0.5).int()
     offset = torch.arange(len(photometry), device=light.device, dtype=torch.int32) * tables.shape[1]
@@ -192,10 +192,6 @@ def _psnr(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """PSNR in dB per sample of uint8 [B, S, S, 3], float64, at most PSNR_CAP."""
     error = (first.int() - second.int()).double().square().mean(dim=(1, 2, 3))
     return torch.where(error > 0, 10 * torch.log10(255.0**2 / error), PSNR_CAP).clamp_max(PSNR_CAP)
-
-
-def _curve(attempt: Attempt) -> camera.ResponseCurve:
-    return camera.response_curve(attempt.recipe.photometry.curve, attempt.recipe.photometry.curve_parameter)
 
 
 def _column(values: Sequence[Sequence[float]], device: torch.device | str) -> torch.Tensor:

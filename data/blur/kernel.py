@@ -35,31 +35,11 @@ def kernel_of_path(path: np.ndarray) -> np.ndarray:
     return (kernel / kernel.sum()).astype(np.float32).reshape(size, size)
 
 
-def centroid_of(kernel: np.ndarray) -> tuple[float, float]:
-    """Centroid (y, x) in px of a kernel [k, k], measured from its centre."""
-    at = np.arange(len(kernel), dtype=np.float64) - len(kernel) // 2
-    mass = kernel.astype(np.float64)
-    return float(at @ mass.sum(1) / mass.sum()), float(at @ mass.sum(0) / mass.sum())
-
-
-def convolve_valid(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """True convolution, valid part only: image [H, W, C] float32, kernel [k, k] → [H − k + 1, W − k + 1, C] float32.
-
-    out(y, x) = Σ kernel[k//2 + dy, k//2 + dx] · image(y − dy, x − dx). Raises ValueError when the kernel is not
-    square and odd or the image is smaller than it.
-    """
-    size = kernel.shape[0]
-    height, width = image.shape[:2]
-    if kernel.ndim != 2 or kernel.shape[1] != size or size % 2 == 0:
-        raise ValueError(f"kernel of shape {kernel.shape}: must be square with an odd side")
-    if height < size or width < size:
-        raise ValueError(f"image of {height}×{width} px is smaller than its {size}×{size} kernel: add a margin")
-    planes = convolve_planes(cv2.split(image), kernel)
-    return cv2.merge(planes).reshape(*planes[0].shape, -1)
-
-
 def convolve_planes(planes: Sequence[np.ndarray], kernel: np.ndarray) -> list[np.ndarray]:
-    """`convolve_valid` of planes [H, W] float32 one by one: the kernel is transformed once for all of them."""
+    """True convolution, valid part only, of planes [H, W] float32 with kernel [k, k], k odd → [H − k + 1, W − k + 1].
+
+    out(y, x) = Σ kernel[k//2 + dy, k//2 + dx] · plane(y − dy, x − dx); the kernel is transformed once for all of them.
+    """
     size = len(kernel)
     if size == 1:
         return [plane * kernel[0, 0] for plane in planes]

@@ -13,20 +13,22 @@ from data.blur.kernel import convolve_planes
 from data.blur.layers import Layers, layers_blur
 from data.blur.photometry import Photometry
 from data.blur.rotation import Rotation, rotate_blur
-from data.blur.severity import PSNR_CAP, psnr
+from data.blur.severity import PSNR_CAP
+from data.image import psnr
 
 
 @dataclass
 class BlurPair:
     """A blurry crop and its sharp ground truth, both [S, S, 3] uint8 RGB.
 
-    kernel [k, k] float32; meta: plain JSON-able values, among them tier, extent (px), generator, input_psnr (dB),
-    psnr_in_tier, attempts, padded (px of the margin that had to be reflected) and seed (see `pair_from_seed`).
+    kernel [k, k] float32, None where it is not known; meta: plain JSON-able values, among them tier, extent (px),
+    generator, input_psnr (dB), psnr_in_tier, attempts, padded (px of the margin that had to be reflected) and seed, by
+    which `plan_pair` plans the pair again.
     """
 
     blurry: np.ndarray
     sharp: np.ndarray
-    kernel: np.ndarray
+    kernel: np.ndarray | None
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,21 +52,7 @@ def synthesize_pair(
     none fits, the nearest is kept and meta["psnr_in_tier"] is false (a crop of plain sky never loses much).
     Raises ValueError for a photo of another kind, a box outside it, or an unknown tier.
     """
-    return pair_from_seed(photo, box, rng.bytes(16).hex(), config, tier=tier, flip=flip, masks=masks)
-
-
-def pair_from_seed(
-    photo: np.ndarray,
-    box: tuple[int, int, int],
-    seed: str,
-    config: BlurConfig,
-    *,
-    tier: str | None = None,
-    flip: bool = False,
-    masks: np.ndarray | None = None,
-) -> BlurPair:
-    """The pair whose meta["seed"] is `seed` (32 hex digits), made again from the same photo, box and config."""
-    return pair_of_plan(plan_pair(photo, box, seed, config, tier=tier, flip=flip, masks=masks))
+    return pair_of_plan(plan_pair(photo, box, rng.bytes(16).hex(), config, tier=tier, flip=flip, masks=masks))
 
 
 def pair_of_plan(plan: PairPlan) -> BlurPair:
@@ -120,15 +108,13 @@ def pair_meta(plan: PairPlan, result: Result, attempts: int) -> dict[str, Any]:
 
 def render(attempt: Attempt) -> np.ndarray:
     """The blurry crop [S, S, 3] uint8 of an attempt."""
-    photometry = attempt.recipe.photometry
-    curve = camera.response_curve(photometry.curve, photometry.curve_parameter)
-    return camera.finish(blurred_light(attempt), photometry, attempt.noise, curve)
+    return camera.finish(blurred_light(attempt), attempt.recipe.photometry, attempt.noise)
 
 
 def blurred_light(attempt: Attempt) -> list[np.ndarray]:
     """Linear light that reaches the sensor, clipped once to its white, before noise: planes R, G, B [S, S] float32."""
     motion, photometry = attempt.recipe.motion, attempt.recipe.photometry
-    curve = camera.response_curve(photometry.curve, photometry.curve_parameter)
+    curve = photometry.response
     planes = camera.scene_light(attempt.window, curve, photometry.highlight_boost)
     if isinstance(motion, Rotation):
         planes = cv2.split(rotate_blur(cv2.merge(planes), motion))

@@ -37,6 +37,11 @@ class Photometry:
         """White-balance gains of R, G, B."""
         return self.red_gain, 1.0, self.blue_gain
 
+    @property
+    def response(self) -> "ResponseCurve":
+        """The camera's response."""
+        return response_curve(self.curve, self.curve_parameter)
+
 
 @dataclass(frozen=True)
 class ResponseCurve:
@@ -201,13 +206,13 @@ def jpeg(codes: np.ndarray, quality: int) -> np.ndarray:
     return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
-def finish(planes: Sequence[np.ndarray], photometry: Photometry, noise: np.ndarray, curve: ResponseCurve) -> np.ndarray:
+def finish(planes: Sequence[np.ndarray], photometry: Photometry, noise: np.ndarray) -> np.ndarray:
     """The blurry photograph [H, W, 3] uint8 of clipped light, planes [H, W] float32: noise, response, 8 bits, JPEG."""
     noisy = (
         add_sensor_noise(plane, gain, photometry, some)
         for plane, gain, some in zip(planes, photometry.gains, noise, strict=True)
     )
-    codes = cv2.merge([encode(plane, curve) for plane in noisy])
+    codes = cv2.merge([encode(plane, photometry.response) for plane in noisy])
     return codes if photometry.jpeg_quality is None else jpeg(codes, photometry.jpeg_quality)
 
 

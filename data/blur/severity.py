@@ -1,9 +1,6 @@
-"""Severity of a motion blur: its extent in px, the four tiers of it, and the input PSNR."""
+"""Severity of a motion blur: its extent in px, and the four tiers of it."""
 
 import math
-
-import cv2
-import numpy as np
 
 # Lower edge of every tier, px at the training resolution. They are constants and not settings, so that "gain on the
 # severe tier" means the same thing in every report; a config chooses ranges inside them and their shares.
@@ -33,19 +30,3 @@ def tier_bounds(tier: str) -> tuple[float, float]:
     edges = [*TIER_EDGES.values(), math.inf]
     place = list(TIER_EDGES).index(tier)
     return edges[place], edges[place + 1]
-
-
-def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """PSNR in dB between two uint8 pictures [H, W, C] or [H, W] of one shape; inf when they are equal.
-
-    Raises ValueError when shapes differ, a picture is empty, or a dtype is not uint8.
-    """
-    if first.dtype != np.uint8 or second.dtype != np.uint8:
-        raise ValueError(f"psnr of {first.dtype} and {second.dtype}: give two uint8 pictures")
-    if first.shape != second.shape or first.size == 0:
-        raise ValueError(f"psnr of shapes {first.shape} and {second.shape}: give two pictures of one, non-empty shape")
-    # cv2.norm accumulates squares in exact integers blockwise; flattening admits any number of channels.
-    squares = cv2.norm(
-        np.ascontiguousarray(first).reshape(-1), np.ascontiguousarray(second).reshape(-1), cv2.NORM_L2SQR
-    )
-    return math.inf if squares == 0 else 10.0 * math.log10(255.0**2 * first.size / squares)

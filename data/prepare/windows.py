@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.blur.frames import GOPRO_LEVELS, average_window
+from data.blur.frames import GOPRO_LEVELS, FrameWindow, average_window
 from data.errors import DataError
 from data.image import decode_image
 from data.prepare.layouts import images_in
@@ -46,16 +46,12 @@ class Windows:
             raise DataError(f"curve {self.curve!r}: one of srgb, gamma")
 
 
-@dataclass
-class Window:
-    """One averaged window: blurry and sharp uint8 [H, W, 3], first frame, level, frames averaged, mean extent in px."""
+@dataclass(frozen=True)
+class Window(FrameWindow):
+    """One averaged window, the number of its first frame, and how many frames it averages (level)."""
 
-    blurry: np.ndarray
-    sharp: np.ndarray
     first: int
     level: int
-    subframes: int
-    extent: float
 
 
 def read_frames(source: Path) -> Iterator[np.ndarray]:
@@ -123,4 +119,4 @@ def make_windows(frames: Iterable[np.ndarray], windows: Windows) -> Iterator[Win
             except ValueError:  # the frames are sound, so only their motion can be refused
                 yield start, level
             else:
-                yield Window(made.blurry, made.sharp, start, level, made.subframes, made.extent)
+                yield Window(**vars(made), first=start, level=level)

@@ -18,7 +18,7 @@ import torch
 
 from data.blur import BlurConfig, draw_attempt, plan_pair, sample_rng, synthesize_pair
 from data.blur.batched import pairs_of_plans
-from data.blur.kernel import centroid_of
+from tests.data.blur.kernels import centroid_of
 
 CROP, CROPS = 256, 2
 GENERATORS = list(BlurConfig().generators.model_dump())
@@ -175,13 +175,8 @@ def test_uniform_pairs_against_a_peer(benchmark, files, peer):
     """Ours at an extent of 60 px with the whole camera, the peer's 65 px kernel and blur alone on 8-bit codes."""
     blur, kernel = PEERS[peer]()
     some = files[:6]  # peers take their time
-    config = BlurConfig(
-        generators=UNIFORM,
-        tiers={
-            "identity": {"share": 0}, "mild": {"share": 0}, "moderate": {"share": 0}, "extreme": {"share": 0},
-            "severe": {"share": 1, "extent": [60, 60]},
-        },
-    )  # fmt: skip
+    others = {tier: {"share": 0} for tier in ("identity", "mild", "moderate", "extreme")}
+    config = BlurConfig(generators=UNIFORM, tiers=others | {"severe": {"share": 1, "extent": [60, 60]}})
     rates = compare(benchmark, lambda: make_pairs(some, config), lambda: each_crop(some, blur), peer)
     drawn = [np.asarray(kernel(sample_rng(0, 0, peer, i)), np.float64) for i in range(50)]
     whole = [cv2.connectedComponents((k > 1e-6 * k.max()).astype(np.uint8), connectivity=8)[0] == 2 for k in drawn]

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.blur import BlurConfig, plan_pair, psnr, sample_rng
+from data.blur import BlurConfig, plan_pair, sample_rng
 from data.blur import photometry as camera
 from data.blur.attempt import draw_attempt
 from data.blur.batched import blurred_light_batch, pairs_of_plans, render_batch
 from data.blur.batched_jpeg import jpeg_batch
 from data.blur.pair import blurred_light, pair_of_plan, render
+from data.image import psnr
 from tests.data.blur.test_pair import GENERATORS, texture
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

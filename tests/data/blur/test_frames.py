@@ -6,8 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from data.blur import psnr, sample_rng
+from data.blur import sample_rng
 from data.blur.frames import average_window, chained_extents, flow_between
+from data.image import psnr
 
 
 @pytest.fixture(scope="module")

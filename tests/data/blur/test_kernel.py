@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.blur.generators import draw_path
-from data.blur.kernel import centroid_of, convolve_valid, kernel_of_path
+from data.blur.kernel import kernel_of_path
 from data.blur.rng import sample_rng
 from data.blur.trajectory import densify, extent_of, gaussian_process_path, scale_to_extent
+from tests.data.blur.kernels import centroid_of, convolve_valid
 
 PATHS = ["gaussian_process", "boracchi_foi", "linear", "arc", "accelerated"]
 
@@ -72,14 +73,6 @@ def test_convolution_equals_the_sum_it_stands_for(size):
     assert result.shape == (13, 18, 3)
     assert result.dtype == np.float32
     assert np.abs(result - expected).max() < 2e-6
-
-
-def test_convolution_refuses_what_it_cannot_do():
-    image = np.zeros((8, 8, 3), np.float32)
-    with pytest.raises(ValueError, match="odd"):
-        convolve_valid(image, np.ones((4, 4), np.float32))
-    with pytest.raises(ValueError, match="margin"):
-        convolve_valid(image, np.ones((9, 9), np.float32))
 
 
 def test_a_fast_piece_of_a_path_is_as_unbroken_and_less_bright():

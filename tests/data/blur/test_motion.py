@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from data.blur import BlurConfig, sample_rng, synthesize_pair
 from data.blur.generators import draw_layers
-from data.blur.kernel import IDENTITY, centroid_of
+from data.blur.kernel import IDENTITY
 from data.blur.layers import Layers, background_of, blob_mask
 from data.blur.layers import layers_blur as blur_planes
 from data.blur.rotation import Frame, _apply, draw_rotation, reach_of, rotate_blur, rotation_of
+from tests.data.blur.kernels import centroid_of
 
 SIZE = 128
 

@@ -16,20 +16,27 @@ from hypothesis import strategies as st
 
 from data.blur import (
     BlurConfig,
-    pair_from_seed,
     pair_of_plan,
     plan_pair,
-    psnr,
     sample_rng,
     severity_of,
     synthesize_pair,
 )
 from data.blur import photometry as camera
 from data.blur.generators import draw_path
-from data.blur.kernel import convolve_valid, kernel_of_path
+from data.blur.kernel import kernel_of_path
 from data.blur.trajectory import scale_to_extent
+from data.image import psnr
+from tests.data.blur.kernels import convolve_valid
 
 ROOT = Path(__file__).parents[3]
+
+
+def pair_from_seed(photo, box, seed, config, **options):
+    """The pair whose meta["seed"] is `seed`, made again."""
+    return pair_of_plan(plan_pair(photo, box, seed, config, **options))
+
+
 GENERATORS = list(BlurConfig().generators.model_dump())
 QUIET = {
     "curves": {"srgb": 1},
