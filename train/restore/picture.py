@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import struct
-import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,8 @@ import cv2
 import numpy as np
 import tifffile
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from data.files import replacing
 
 READABLE = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
 WRITABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
@@ -119,14 +119,8 @@ def write_picture(path: Path, picture: Picture, *, overwrite: bool = False) -> N
     bits = picture.bits if suffix in SIXTEEN_BIT else 8
     array = _to_array(picture, bits, alpha=suffix not in (".jpg", ".jpeg"), spread=suffix == ".png")
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=suffix, dir=path.parent)
-        os.close(descriptor)
-        try:
-            _encode(Path(name), array, suffix, picture)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with replacing(path, durable=False) as temporary:
+            _encode(temporary, array, suffix, picture)
     except OSError as error:
         raise PictureError(f"{path}: cannot be written: {error.strerror or error}") from None
 
@@ -154,7 +148,7 @@ def _encode(path: Path, array: np.ndarray, suffix: str, picture: Picture) -> Non
         options |= {"lossless": True}
     if suffix in (".tif", ".tiff"):
         options |= {"compression": "tiff_deflate"}
-    Image.fromarray(array).save(path, **options)
+    Image.fromarray(array).save(path, format=Image.registered_extensions()[suffix], **options)
 
 
 def _encode_deep_png(path: Path, array: np.ndarray, picture: Picture) -> None:
@@ -183,12 +177,13 @@ def _encode_deep_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
         exif = Image.Exif()
         exif.load(picture.exif)
         tags += [(tag, 2, 0, str(exif[tag]), True) for tag in DESCRIPTIVE if tag in exif]
-    colours = "minisblack" if array.ndim == 2 or array.shape[2] == 2 else "rgb"
-    extra = ["unassalpha"] if array.ndim == 3 and array.shape[2] in (2, 4) else None
-    tifffile.imwrite(
-        path, array, photometric=colours, extrasamples=extra, compression="zlib", metadata=None, extratags=tags,
-        planarconfig="contig" if array.ndim == 3 else None,
-    )  # fmt: skip
+    channels = 1 if array.ndim == 2 else array.shape[2]
+    layout = {
+        "photometric": "minisblack" if channels < 3 else "rgb",
+        "extrasamples": ["unassalpha"] if channels in (2, 4) else None,
+        "planarconfig": "contig" if array.ndim == 3 else None,
+    }
+    tifffile.imwrite(path, array, **layout, compression="zlib", metadata=None, extratags=tags)
 
 
 def _read_deep(path: Path, kind: str | None) -> np.ndarray:
@@ -238,9 +233,3 @@ def _to_array(picture: Picture, bits: int, *, alpha: bool, spread: bool) -> np.n
         if picture.grey and bits == 16 and spread:  # OpenCV writes no grey with alpha
             values = values[..., [0, 0, 0, 1]]
     return values[..., 0] if values.shape[2] == 1 else values
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from data.files import write_atomically
+
 RUNNING, DONE, STOPPED, FAILED = "running", "done", "stopped", "failed"
 
 
@@ -96,10 +98,8 @@ class HeartbeatFile:
         now = {"phase": PROGRESS.phase, "step": PROGRESS.step, "beats": PROGRESS.beats, "written": self.written}
         now["time"] = datetime.now(UTC).isoformat(timespec="seconds")
         beat = Beat(self.run, self.rank, **self._who, state=state, message=message, **now)
-        temporary = self.path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(asdict(beat)) + "\n")
-            os.replace(temporary, self.path)
+            write_atomically(self.path, json.dumps(asdict(beat)) + "\n", durable=False)
         except OSError:
             with contextlib.suppress(OSError):
                 os.utime(self.path)

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from data.files import write_atomically
+
 if TYPE_CHECKING:
     from train.engine.engine import Engine
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -96,9 +98,8 @@ class StopRequest:
     def mark(self, reason: str) -> None:
         """Write STOPPED (JSON: step, reason) into the claimed folder; without one there is nothing to say."""
         if self._folder is not None:
-            temporary = self._folder / f"{STOPPED_FILE}.tmp"
-            temporary.write_text(json.dumps({"step": self.step, "reason": reason}) + "\n")
-            os.replace(temporary, self._folder / STOPPED_FILE)
+            text = json.dumps({"step": self.step, "reason": reason}) + "\n"
+            write_atomically(self._folder / STOPPED_FILE, text, durable=False)
             (self._folder / STOP_FILE).unlink(missing_ok=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -228,7 +228,7 @@ def test_a_rank_stops_when_its_launcher_is_gone_but_outlives_a_shell(launched):
 
 DEAF = """
 import ctypes, sys
-from train import signals
+from train.watch import signals
 
 signals.DEAF_S = 0.5
 stop = signals.StopRequest()
