@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from data.files import write_text
-from train.checkpoint.manifest import STEP, CheckpointError, RunState, _entries, _seal, _sync, damage, read_state
+from train.checkpoint.manifest import STEP, CheckpointError, RunState, damage, entries_of, read_state, seal, sync
 from train.checkpoint.model import write_model
 from train.checkpoint.state import read_state_into, write_state
 from train.config.schema import Config
@@ -69,7 +69,7 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
             os.rename(final, old)
         os.rename(whole, final)
-        _sync(self.folder)
+        sync(self.folder)
         shutil.rmtree(old, ignore_errors=True)
         return final
 
@@ -113,7 +113,7 @@ class Checkpoints:
         with engine.agreed(), _writing(unfinished):
             random = unfinished / f"rng-rank{engine.rank}.pt"
             torch.save(_random_state(), random)
-            own = _entries(unfinished, [write_state(unfinished, engine, ema), random])
+            own = entries_of(unfinished, [write_state(unfinished, engine, ema), random])
         known = {name: entry for each in engine.gather(own) for name, entry in each.items()}
         with _writing(unfinished):
             write_model(unfinished, engine, ema, config)
@@ -121,7 +121,7 @@ class Checkpoints:
             if engine.main:
                 torch.save(loss_state, unfinished / "loss.pt")
                 write_text(unfinished / "run.json", json.dumps(asdict(state), indent=1) + "\n")
-                _seal(unfinished, known)
+                seal(unfinished, known)
                 self.adopt(unfinished)  # in place of one of the same step, after a resume from an older one
                 self._point()
                 self.prune(state.step)

@@ -63,7 +63,7 @@ def damage(path: Path) -> str | None:
             file = path / name
             if file.stat().st_size != entry["bytes"]:
                 return f"{file}: {file.stat().st_size} bytes instead of {entry['bytes']}"
-            if _digest(file) != entry["blake2b"]:
+            if digest(file) != entry["blake2b"]:
                 return f"{file}: its content changed after it was written"
     except FileNotFoundError as error:
         return f"{path}: {Path(error.filename).name} is missing"
@@ -72,16 +72,16 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _entries(folder: Path, files: list[Path]) -> dict[str, dict]:
+def entries_of(folder: Path, files: list[Path]) -> dict[str, dict]:
     """What the manifest says of files, pushed to the disk by the rank that wrote them."""
     entries = {}
     for file in files:
-        _sync(file)
-        entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "blake2b": _digest(file)}
+        sync(file)
+        entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "blake2b": digest(file)}
     return entries
 
 
-def _seal(folder: Path, known: dict[str, dict] | None = None) -> None:
+def seal(folder: Path, known: dict[str, dict] | None = None) -> None:
     """Write the manifest over all files, but for `known` entries hashed here, and push them to the disk."""
     known = known or {}
     files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -91,18 +91,18 @@ def _seal(folder: Path, known: dict[str, dict] | None = None) -> None:
         raise CheckpointError(
             f"{folder}: {missing[0]} of another rank is not there: run.root must be a folder that all nodes share"
         )
-    fresh = _entries(folder, [file for name, file in names.items() if name not in known])
+    fresh = entries_of(folder, [file for name, file in names.items() if name not in known])
     write_text(folder / MANIFEST, json.dumps({name: (known | fresh)[name] for name in names}, indent=1) + "\n")
     for directory in {file.parent for file in files} | {folder}:
-        _sync(directory)
+        sync(directory)
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

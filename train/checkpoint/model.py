@@ -16,7 +16,7 @@ from train.checkpoint.manifest import CheckpointError
 from train.config.schema import Config
 from train.engine.average import Ema
 from train.engine.engine import Engine
-from train.engine.zero import zero3_gathered
+from train.engine.zero import whole_shape, zero3_gathered
 
 
 def write_model(folder: Path, engine: Engine, ema: Ema, config: Config) -> None:
@@ -69,7 +69,7 @@ def _model_tensors(
         own: dict[str, torch.Tensor] = {}
         part._save_to_state_dict(own, f"{prefix}." if prefix else "", keep_vars=True)
         for name, tensor in own.items():
-            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+            shape = tuple(whole_shape(tensor))
             dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
             whole = partial(ema.whole, name) if name in ema.averages else partial(_whole, tensor)
             found.append((name, shape, dtype, whole))

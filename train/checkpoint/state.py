@@ -24,14 +24,12 @@ from torch import Tensor, nn
 
 from model.pretrained import WEIGHTS, SafetensorsWriter
 from train.engine.average import Ema
+from train.engine.counters import engine_facts, take_engine_facts
 from train.engine.engine import Engine
 from train.engine.pieces import MOMENTS, Piece, fresh_optimizer_state, pieces
-from train.engine.zero import _numel, _start, forget_gathered, local_part, put
+from train.engine.zero import forget_gathered, local_part, local_span, put, whole_shape
 
 STATE = "state"
-
-# Not micro_steps: a fresh engine stands at an accumulation boundary, as every checkpoint does.
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -48,7 +46,7 @@ def write_state(folder: Path, engine: Engine, ema: Ema) -> Path:
         for key in ("weight", *MOMENTS):
             entries.append((f"{key}/{piece.name}", piece.start, piece.count, partial(piece.read, key)))
     for number, (name, start, count) in enumerate(ema.parts()):
-        if stage == 3 or ema.divided or number % engine.world == engine.rank:
+        if stage > 0 or number % engine.world == engine.rank:
             entries.append((f"average/{name}", start, count, partial(ema.read, name)))
     (folder / STATE).mkdir(exist_ok=True)
     metadata = {
@@ -62,29 +60,8 @@ def write_state(folder: Path, engine: Engine, ema: Ema) -> Path:
         for *_, read in entries:
             file.write(read())
     if engine.main:
-        (folder / STATE / "engine.json").write_text(json.dumps(_engine_facts(engine), indent=1) + "\n")
+        (folder / STATE / "engine.json").write_text(json.dumps(engine_facts(engine), indent=1) + "\n")
     return path
-
-
-def _scaler(engine: Engine) -> Any:
-    outer = engine.engine.optimizer
-    return getattr(outer, "loss_scale_config", None) or getattr(outer, "loss_scaler", None)
-
-
-def _engine_facts(engine: Engine) -> dict[str, Any]:
-    """DeepSpeed's counters and its loss scaler's plain values."""
-    scaler = _scaler(engine)
-    values = vars(scaler) if scaler is not None else {}
-    autocast = getattr(engine.engine.optimizer, "torch_autocast_gradscaler", None)
-    return {
-        "counters": {name: getattr(engine.engine, name) for name in COUNTERS},
-        "loss_scaler": {name: value for name, value in values.items() if _plain(value)},
-        "autocast_scaler": autocast.state_dict() if autocast is not None else {},
-    }
-
-
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, int | float | bool)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -138,7 +115,7 @@ def read_state_into(folder: Path, engine: Engine, ema: Ema) -> None:
     files = StateFiles(folder)
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
-        if files.numel(f"weight/{name}") != _numel(parameter):
+        if files.numel(f"weight/{name}") != whole_shape(parameter).numel():
             raise ValueError(f"{folder}: holds the state of another model: {name} differs: start with --init {folder}")
     extra = sorted(files.names() - trained.keys())
     if extra:
@@ -146,9 +123,7 @@ def read_state_into(folder: Path, engine: Engine, ema: Ema) -> None:
     forget_gathered(engine.module)
     _read_untrained(folder, engine.module)
     for name, parameter in trained.items():  # the weights that the forward pass uses, in their own precision
-        part, start = local_part(parameter), _start(parameter)
-        count = max(0, min(part.numel(), _numel(parameter) - start))
-        put(part, 0, files.read(f"weight/{name}", start, count))
+        put(local_part(parameter), 0, files.read(f"weight/{name}", *local_span(parameter)))
     fresh_optimizer_state(engine)
     owned = pieces(engine)
     _check_counts(folder, owned, files)
@@ -159,7 +134,7 @@ def read_state_into(folder: Path, engine: Engine, ema: Ema) -> None:
     for name, start, count in ema.parts():
         ema.write(name, files.read(f"average/{name}", start, count))
     ema.updates = files.averaged
-    _restore_engine_facts(engine, json.loads((folder / STATE / "engine.json").read_text()))
+    take_engine_facts(engine, json.loads((folder / STATE / "engine.json").read_text()))
 
 
 def _check_counts(folder: Path, owned: list[Piece], files: StateFiles) -> None:
@@ -178,10 +153,8 @@ def _read_untrained(folder: Path, module: nn.Module) -> None:
     """Frozen parameters and buffers: the averaged model has them as they are."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         for name, tensor in _untrained(module):
-            part, start = local_part(tensor), _start(tensor)
-            whole = file.get_tensor(name).view(-1)
-            count = max(0, min(part.numel(), whole.numel() - start))
-            put(part, 0, whole[start : start + count])
+            start, count = local_span(tensor)
+            put(local_part(tensor), 0, file.get_tensor(name).view(-1)[start : start + count])
 
 
 def _untrained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -192,15 +165,3 @@ def _untrained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in part.named_buffers(prefix, recurse=False):
             if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
                 yield name, buffer
-
-
-def _restore_engine_facts(engine: Engine, facts: dict[str, Any]) -> None:
-    for name, value in facts["counters"].items():
-        setattr(engine.engine, name, value)
-    scaler = _scaler(engine)
-    for name, value in facts["loss_scaler"].items():
-        if scaler is not None and hasattr(scaler, name):
-            setattr(scaler, name, value)
-    autocast = getattr(engine.engine.optimizer, "torch_autocast_gradscaler", None)
-    if autocast is not None and facts["autocast_scaler"]:
-        autocast.load_state_dict(facts["autocast_scaler"])

@@ -253,7 +253,7 @@ class EngineSection(Section):
     in bf16 beside a fp32 master copy, saves memory (ZeRO ≥ 1); fp16: the same in fp16 with a dynamic loss scale, for
     GPUs without bf16 (ZeRO ≥ 1)."""
     offload: Literal["none", "cpu"] = "none"
-    """Where Adam's state lives and is updated (cpu needs a C++ compiler once, ZeRO ≥ 1)."""
+    """Where Adam's state lives and is updated (cpu needs ZeRO ≥ 1)."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where parameters live that are not in use (cpu needs ZeRO 3)."""
     checkpointing: bool = False

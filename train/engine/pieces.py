@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from train.engine.engine import Engine
-from train.engine.zero import put, stretch
+from train.engine.zero import local_span, put, stretch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -45,8 +45,7 @@ class Piece:
 
     def set_updates(self, count: int) -> None:
         """Set the number that Adam's bias correction counts by."""
-        step = self._state["step"]
-        self._state["step"] = torch.full_like(step, count) if isinstance(step, Tensor) else count
+        self._state["step"] = torch.full_like(self._state["step"], count)
 
     @property
     def _state(self) -> dict[str, Any]:
@@ -94,13 +93,10 @@ def _fragment_piece(base: torch.optim.Optimizer, name: str, parameter: nn.Parame
 
 def _partitioned_piece(outer: Any, name: str, parameter: nn.Parameter) -> Piece:
     """ZeRO 3: a rank owns an equal part of every parameter; the last part is padded."""
-    group, offset, length = outer.grad_position[outer.get_param_id(parameter)]
+    group, offset, _ = outer.grad_position[outer.get_param_id(parameter)]
     if outer._swappable_optimizer_subgroup(group):
         raise ValueError("checkpoints of optimizer states on NVMe are not written: use engine.offload cpu")
-    start = parameter.ds_tensor.numel() * torch.distributed.get_rank()
-    count = max(0, min(length, parameter.ds_numel - start))
-    flat = outer.fp32_partitioned_groups_flat[group]
-    return Piece(name, start, count, flat, offset, outer.optimizer)
+    return Piece(name, *local_span(parameter), outer.fp32_partitioned_groups_flat[group], offset, outer.optimizer)
 
 
 def fresh_optimizer_state(engine: Engine) -> None:
@@ -111,8 +107,5 @@ def fresh_optimizer_state(engine: Engine) -> None:
             continue
         for key in MOMENTS:
             state[key] = torch.zeros_like(piece.flat.data, dtype=torch.float32)
-        if not isinstance(piece.optimizer, torch.optim.AdamW):  # DeepSpeed's CPU Adam counts in a plain integer
-            state["step"] = 0
-            continue
         on_device = any(group.get("fused") or group.get("capturable") for group in piece.optimizer.param_groups)
         state["step"] = torch.zeros((), dtype=torch.float32, device=piece.flat.device if on_device else "cpu")

@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.config.schema import EngineSection
@@ -58,7 +57,7 @@ def refuse_precision(engine: EngineSection, device: torch.device) -> None:
 
 def use_sixteen_bit_parameters(module: nn.Module, engine: EngineSection, device: torch.device) -> None:
     """Let a module whose parameters DeepSpeed turns to 16 bits take fp32 images: its forward runs under autocast, and
-    BatchNorm computes with the fp32 statistics that it keeps."""
+    BatchNorm computes with the fp32 statistics that it keeps. Names in the state dict stay."""
     if engine.precision not in SIXTEEN_BIT_PARAMETERS:
         return
     plain = module.forward
@@ -70,28 +69,26 @@ def use_sixteen_bit_parameters(module: nn.Module, engine: EngineSection, device:
             return plain(*inputs, **keywords)
 
     module.forward = forward
-    F.batch_norm = _batch_norm
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.__class__ = type(f"Wide{type(part).__name__}", (_WideBatchNorm, type(part)), {})
 
 
-_torch_batch_norm = F.batch_norm
+class _WideBatchNorm:
+    """A BatchNorm whose forward pass sees scale and shift in the type of its statistics: torch's kernels take 16-bit
+    inputs only with parameters all of one type, and DeepSpeed keeps buffers in fp32 beside 16-bit parameters."""
 
+    @property
+    def weight(self) -> Tensor | None:
+        return self._wide("weight")
 
-@functools.wraps(_torch_batch_norm)
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *rest: Any,
-    **keywords: Any,
-) -> Tensor:
-    """torch's, with scale and shift in the statistics' type: its kernels take 16-bit inputs only with parameters all of
-    one type, and DeepSpeed keeps buffers in fp32 beside 16-bit parameters. The whole process has it, because the
-    recomputation of checkpointed blocks runs outside of the module's forward."""
-    if running_mean is not None:
-        weight, bias = (None if value is None else value.to(running_mean.dtype) for value in (weight, bias))
-    return _torch_batch_norm(input, running_mean, running_var, weight, bias, *rest, **keywords)
+    @property
+    def bias(self) -> Tensor | None:
+        return self._wide("bias")
+
+    def _wide(self, name: str) -> Tensor | None:
+        value = self._parameters[name]
+        return value if value is None or self.running_mean is None else value.to(self.running_mean.dtype)
 
 
 def _name(device: torch.device) -> str:

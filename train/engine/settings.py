@@ -12,11 +12,10 @@ from train.engine.precision import (
     precision_settings,
 )
 
-OURS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "torch_autocast", "bf16", "bfloat16", "fp16", "amp", "optimizer", "scheduler", "activation_checkpointing",
-    "compile", "zero_force_ds_cpu_optimizer",
-)  # fmt: skip
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+TYPES = ("torch_autocast", "bf16", "bfloat16", "fp16", "amp")
+PARTS = ("optimizer", "scheduler", "activation_checkpointing", "compile", "zero_force_ds_cpu_optimizer")
+OURS = (*BATCH, *TYPES, *PARTS)  # what the configuration's own fields say to DeepSpeed
 OURS_ZERO = ("stage", "overlap_comm", "offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params")
 
 
@@ -47,7 +46,7 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip,
         "zero_optimization": zero,
         "steps_per_print": 10**9,
-        # Else Accelerate 1.15 replaces our CPU AdamW by an Adam that adds weight decay to the gradients.
+        # Else DeepSpeed refuses our AdamW with offloading, and Accelerate 1.15 replaces it by an Adam with L2 decay.
         "zero_force_ds_cpu_optimizer": False,
         **precision_settings(engine),
     }

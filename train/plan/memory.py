@@ -48,8 +48,8 @@ def memory_per_rank(config: Config, network: nn.Module, world: int, micro: int) 
         ("gradients", part(gradient, engine.zero >= 2), host and engine.zero >= 2),
         *([("gradients' buckets", float(_bucket_bytes(engine, count)), False)] if engine.zero else []),
         ("AdamW's moments" + (", fp32 master" if engine.zero else ""), part(state, engine.zero >= 1), host),
-        # They lie where that lies which they are averages of: the master copy in 16-bit runs, else the parameters.
-        ("averaged weights", part(4, sixteen or engine.zero == 3), host if sixteen else host_parameters),
+        # They are averages of what the optimizer steps, and lie where that does.
+        ("averaged weights", part(4, engine.zero >= 1), host),
         ("activations", float(activation_bytes(config, network, micro)), False),
     )
     sizes = {name + (" (in host memory)" if away else ""): size for name, size, away in entries}

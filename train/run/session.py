@@ -27,7 +27,7 @@ from train.config.identity import config_digest, git_commit
 from train.config.networks import build_model
 from train.config.schema import Config
 from train.config.sources import data_sources, digest_of, open_sets, pair_loader, with_resolved_data
-from train.engine.average import averages_of
+from train.engine.average import Ema
 from train.engine.engine import Engine
 from train.engine.ranks import rank_lines
 from train.engine.zero import trainable
@@ -160,7 +160,7 @@ class Session:
             module = self._first_weights(init) if checkpoint is None else build_model(config, read_weights=False)
         beat("start")
         engine.wrap(module.to(engine.device))
-        self.ema = averages_of(engine, config.train.ema)
+        self.ema = Ema(engine, config.train.ema)
         trained, where = trainable(engine.module), f"{engine.world} ranks on {engine.device.type}"
         log.info("%d trained parameters, %s, ZeRO %d, %s", trained, where, config.engine.zero, config.engine.precision)
         self.step = 0

@@ -19,13 +19,13 @@ from train.config.schema import Config
 
 def make(checkpoints: Checkpoints, step: int):
     """A whole checkpoint of a few bytes."""
-    from train.checkpoint.manifest import _seal
+    from train.checkpoint.manifest import seal
 
     folder = checkpoints.path(step)
     (folder / "state").mkdir(parents=True)
     (folder / "state" / "rank.bin").write_bytes(bytes([step % 256]) * 1000)
     (folder / "run.json").write_text(json.dumps({"step": step}))
-    _seal(folder)
+    seal(folder)
     return folder
 
 

@@ -11,11 +11,13 @@ from torch import nn
 
 from model.pretrained import SafetensorsWriter
 from train.checkpoint import folder as checkpoint
+from train.checkpoint import manifest
 from train.checkpoint.folder import Checkpoints
 from train.checkpoint.manifest import CheckpointError, RunState, damage, read_state
-from train.checkpoint.state import COUNTERS, read_state_into
+from train.checkpoint.state import read_state_into
 from train.config.schema import Config
 from train.engine.average import Ema
+from train.engine.counters import COUNTERS
 
 
 class OneProcess:
@@ -42,8 +44,8 @@ def state(step: int, gain: float | None = None) -> RunState:
 
 @pytest.fixture
 def made(tmp_path):
-    module = nn.Linear(2, 2)
-    return Checkpoints(tmp_path / "checkpoints", 2), OneProcess(module), Ema(module, 0.0)
+    engine = OneProcess(nn.Linear(2, 2))
+    return Checkpoints(tmp_path / "checkpoints", 2), engine, Ema(engine, 0.0)
 
 
 def save(made, step: int, gain: float | None = None):
@@ -155,15 +157,15 @@ def test_the_only_checkpoint_survives_a_kill_while_it_is_saved_again(made, monke
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_a_state_comes_back_bit_for_bit_whatever_the_order_in_memory(made, order):
     module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    engine, ema = OneProcess(module), Ema(module, 0.5)
-    optimizer = engine.engine.optimizer
+    engine = OneProcess(module)
+    ema, optimizer = Ema(engine, 0.5), engine.engine.optimizer
     for _ in range(3):
         module(torch.rand(1, 3, 4, 4)).sum().backward()
         optimizer.step()
         ema.update()
     path = made[0].save(engine, ema, state(1), Config(), {})
     other = OneProcess(nn.Conv2d(3, 4, 3).to(memory_format=order))
-    average = Ema(other.module, 0.5)
+    average = Ema(other, 0.5)
     read_state_into(path, other, average)
     for name, parameter in module.named_parameters():
         twin = dict(other.module.named_parameters())[name]
@@ -177,8 +179,9 @@ def test_a_state_comes_back_bit_for_bit_whatever_the_order_in_memory(made, order
 def test_the_state_of_another_model_is_refused(made):
     path = save(made, 1)
     for module in (nn.Linear(2, 3), nn.Linear(2, 2, bias=False), nn.Sequential(nn.Linear(2, 2))):
+        engine = OneProcess(module)
         with pytest.raises(ValueError, match=r"state of another model.*--?init"):
-            read_state_into(path, OneProcess(module), Ema(module, 0.0))
+            read_state_into(path, engine, Ema(engine, 0.0))
     (path / "state" / "rank-00000.safetensors").unlink()
     with pytest.raises(ValueError, match="no state of a training run"):
         read_state_into(path, made[1], made[2])
@@ -212,8 +215,8 @@ def test_an_older_one_of_the_step_comes_back_where_the_newer_is_torn(made):
 
 def test_every_rank_hashes_what_it_wrote_and_rank_0_misses_what_is_not_there(made, monkeypatch):
     hashed = []
-    real = checkpoint._digest
-    monkeypatch.setattr(checkpoint, "_digest", lambda file: hashed.append(file.name) or real(file))
+    real = manifest.digest
+    monkeypatch.setattr(manifest, "digest", lambda file: hashed.append(file.name) or real(file))
     there = {"rng-rank1.pt": {"bytes": 3, "blake2b": "of rank 1"}}
     monkeypatch.setattr(OneProcess, "gather", lambda self, own: [own, there])
     with pytest.raises(CheckpointError, match=r"rng-rank1\.pt of another rank is not there: run\.root must be"):
@@ -227,7 +230,7 @@ def test_every_rank_hashes_what_it_wrote_and_rank_0_misses_what_is_not_there(mad
     monkeypatch.setattr(checkpoint, "_random_state", beside_rank_1)
     hashed.clear()
     path = save(made, 1)
-    assert checkpoint.manifest_of(path)["rng-rank1.pt"] == there["rng-rank1.pt"]
+    assert manifest.manifest_of(path)["rng-rank1.pt"] == there["rng-rank1.pt"]
     assert "rng-rank1.pt" not in hashed
     assert len(hashed) == len(set(hashed))
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import nn
 
 from train.config.file import load_config
 from train.config.schema import Config
-from train.engine.precision import _batch_norm, refuse_precision
+from train.engine.precision import refuse_precision, use_sixteen_bit_parameters
 from train.engine.settings import deepspeed_settings
 
 WORKER = Path(__file__).parents[1] / "workers" / "precision.py"
@@ -108,11 +110,21 @@ def test_deepspeed_settings_are_merged_over_ours():
     assert settings["data_types"] == {"grad_accum_dtype": "fp32", "buffer_dtype": "fp32"}
 
 
-def test_batch_norm_takes_16_bit_scales_beside_fp32_statistics():
-    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    mean, var, weight, bias = torch.rand(3), torch.rand(3) + 0.5, torch.rand(3).bfloat16(), torch.rand(3).bfloat16()
-    expected = F.batch_norm(x.float(), mean, var, weight.float(), bias.float())
-    assert torch.allclose(_batch_norm(x, mean, var, weight, bias).float(), expected, atol=0.03)
-    assert torch.equal(
-        _batch_norm(x.float(), None, None, None, None, True), F.batch_norm(x.float(), None, None, None, None, True)
-    )
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), BatchNormAct2d(3)], ids=["torch", "timm"])
+def test_batch_norm_takes_16_bit_scales_beside_fp32_statistics_and_nobody_elses_changes(norm):
+    torch_own = F.batch_norm
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    network = nn.Sequential(norm).eval()
+    x = torch.randn(2, 3, 4, 4, generator=generator)
+    expected, names = network(x), list(network.state_dict())
+    norm.weight.data, norm.bias.data = norm.weight.data.bfloat16(), norm.bias.data.bfloat16()
+    use_sixteen_bit_parameters(network, Config(engine={"precision": "bf16_params", "zero": 1}).engine, x.device)
+    found = network(x.bfloat16())
+    assert torch.allclose(found.float(), expected, atol=0.03)
+    found.sum().backward()
+    assert dict(network.named_parameters())["0.weight"].grad.dtype == torch.bfloat16
+    assert list(network.state_dict()) == names
+    assert F.batch_norm is torch_own

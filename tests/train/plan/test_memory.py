@@ -36,7 +36,7 @@ def sizes(network: nn.Module, **engine: object) -> tuple[int, dict[str, float]]:
                 "gradients": 1,
                 "gradients' buckets": 8,
                 "AdamW's moments, fp32 master": 3,
-                "averaged weights": 4,
+                "averaged weights": 1,
             },
         ),
         (

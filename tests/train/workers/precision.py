@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from train.config.schema import Config
-from train.engine.average import MasterEma, averages_of
+from train.engine.average import Ema
 from train.engine.engine import Engine
 from train.engine.launch import world_size
 from train.engine.precision import use_sixteen_bit_parameters
@@ -68,8 +68,7 @@ def step(engine: Engine, number: int, factor: float = 1.0) -> None:
 def averages(engine: Engine, stage: int) -> dict:
     """Differences of our average from one of the gathered master weights, and from one of the rounded parameters."""
     make(engine, "bf16_params", stage)
-    ema, reference = averages_of(engine, DECAY), masters(engine)
-    assert isinstance(ema, MasterEma)
+    ema, reference = Ema(engine, DECAY), masters(engine)
     rounded = {name: value.bfloat16().float() for name, value in reference.items()}
     for number in range(6):
         step(engine, number)

@@ -1,7 +1,7 @@
-"""Run by tests/train/test_universal.py on several ranks: a small network trained under every ZeRO stage, its state
+"""Run by the tests of the state on several ranks: a small network trained under every ZeRO stage, its state
 written, and taken up by other ranks under other stages.
 
-states_worker.py ROOT FROM TO    FROM: number of ranks whose states under ROOT to start from, 0: none; TO: last step
+states.py ROOT FROM TO    FROM: number of ranks whose states under ROOT to start from, 0: none; TO: last step
 
 Writes ROOT/w<ranks>-z<stage>/ (state, model) and w<ranks>.json: losses, and how far things are from what they should
 be. DeepSpeed's own gathering calls say what the state is, and not the code that is tested.
@@ -64,13 +64,11 @@ def make(config: Config, stage: int, source: Path | None) -> tuple[types.SimpleN
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 20
     inner, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     rank, world = dist.get_rank(), dist.get_world_size()
-    engine = types.SimpleNamespace(
-        engine=inner, module=inner.module, rank=rank, world=world, main=rank == 0, config=config,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    place = {"rank": rank, "world": world, "main": rank == 0, "device": torch.device("cpu")}
+    engine = types.SimpleNamespace(engine=inner, module=inner.module, config=config, **place)
     engine.gather = lambda thing: Engine.gather(engine, thing)
     engine.agreed = lambda: Engine.agreed(engine)
-    ema = Ema(inner.module, DECAY)
+    ema = Ema(engine, DECAY)
     if source is not None:
         with torch.no_grad():  # whatever is not taken up shows
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
