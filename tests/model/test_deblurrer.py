@@ -109,12 +109,13 @@ def test_weights_depend_on_the_seed_alone():
 
 def test_the_student_starts_from_the_teacher_s_weights_and_features():
     from model.teacher import Teacher
+    from train.config.schema import LossSection
     from train.objective.cross_level import CrossLevelFeatureLoss
 
     teacher, model = Teacher(), build_deblurrer(backbone=SMALL, fusion_width=16)
     x = image(2, 3, 64, 64)
     features = teacher(x)
-    loss = CrossLevelFeatureLoss(teacher.channels)
+    loss = CrossLevelFeatureLoss(teacher.channels, LossSection())
     loss.calibrate([features])
     model.calibrate(loss.statistics, [x])
     for r, t in zip(model(x).prior, features, strict=True):

@@ -178,20 +178,23 @@ class FeatureSection(Section):
 
 
 class LossSection(Section):
-    pixel: Literal["charbonnier", "l1"] = "charbonnier"
-    """Restoration loss on pixels in [0, 1]."""
+    pixel: str = "charbonnier"
+    """Restoration loss on pixels in [0, 1]: a name of `TERMS` (train/objective/restoration.py), such as l1."""
     frequency: float = Field(default=1.0, ge=0)
     """Weight of the L1 distance of orthonormal Fourier transforms."""
+    terms: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Weights of further terms of that table, by name."""
     cfl: float = Field(default=0.1, ge=0)
     """Weight λ of cross-level feature learning beside the restoration loss; in distill steps its weight is 1."""
     cfl_final: float | None = Field(default=None, ge=0)
     """λ at the last step, reached over the deblur steps; None: λ does not change."""
     cfl_schedule: Literal["cosine", "linear"] = "cosine"
     """How λ goes from `cfl` to `cfl_final`."""
-    match: Literal["cross_level", "same_level", "cosine", "attention"] = "cross_level"
-    """What the structure term compares at each level: cross_level: standardised features, on pooled grids too
-    (hierarchical context loss); same_level: the same without pooled grids, and without fusion (needs
-    student.fusion same_level); cosine: their direction at each position; attention: maps of squared activation."""
+    match: str = "cross_level"
+    """What the structure term compares at each level, a name of `MATCHES` (train/objective/matching.py): cross_level:
+    standardised features, on pooled grids too (hierarchical context loss); same_level: the same without pooled grids,
+    and without fusion (needs student.fusion same_level); cosine: their direction at each position; attention: maps of
+    squared activation."""
     structure: float = Field(default=1.0, ge=0)
     """Weight of CFL's per-level term, the one that `match` chooses."""
     context: float = Field(default=1.0, ge=0)

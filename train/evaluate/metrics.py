@@ -1,14 +1,16 @@
-"""PSNR and SSIM of 8-bit RGB pictures."""
+"""What a restored picture is measured by: a table of metrics of 8-bit RGB pictures, and the interval of their means."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import inf
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from skimage.metrics import structural_similarity
 
-from data.blur import psnr as _psnr_uint8
+from data.image import psnr
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
@@ -17,33 +19,39 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(values.movedim(-3, -1).cpu().numpy())
 
 
-def psnr(restored: np.ndarray, sharp: np.ndarray) -> float:
-    """PSNR in dB of uint8 RGB [H, W, 3]: 10·log10(255² / mean squared error over all pixels and channels), no border
-    crop; infinite for equal pictures. ValueError if the shapes differ."""
-    if restored.shape != sharp.shape or restored.dtype != np.uint8 or sharp.dtype != np.uint8:
-        raise ValueError(
-            f"PSNR compares two uint8 pictures of one shape, not {restored.dtype} {restored.shape} "
-            f"with {sharp.dtype} {sharp.shape}"
-        )
-    return float(_psnr_uint8(restored, sharp))
-
-
 def ssim(restored: np.ndarray, sharp: np.ndarray) -> float:
     """`ssim` of uint8 RGB [H, W, 3]: scikit-image's, Gaussian window σ 1.5, per channel, mean (Wang et al. 2004).
 
     Not the 3-D variant that papers print for GoPro and HIDE; the two differ by about 0.02.
     """
-    return float(
-        structural_similarity(
-            restored,
-            sharp,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-            channel_axis=2,
-            data_range=255,
-        )
-    )
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return float(structural_similarity(restored, sharp, **window, channel_axis=2, data_range=255))
+
+
+class Metric(NamedTuple):
+    """A metric of (restored, sharp), both uint8 RGB [H, W, 3]. label, note: what reports call it and say of it; digits
+    behind the point; cap: larger values count as this one, as infinity has no mean."""
+
+    measure: Callable[[np.ndarray, np.ndarray], float]
+    label: str
+    note: str
+    digits: int
+    cap: float = inf
+
+
+# A function and a row make a new metric: scores, metrics.jsonl, TensorBoard and reports have it then. `psnr` stays
+# first: gains are of it.
+METRICS = {
+    "psnr": Metric(
+        psnr, "PSNR", "RGB, whole crop, 8 bit, mean over pairs (equal pictures count as 60 dB)", digits=2, cap=60.0
+    ),
+    "ssim": Metric(ssim, "SSIM", "scikit-image, Gaussian window σ 1.5, per channel", digits=4),
+}
+
+
+def measured(restored: np.ndarray, sharp: np.ndarray) -> dict[str, float]:
+    """Every metric of the table, by name. ValueError where shapes or dtypes differ."""
+    return {name: min(float(metric.measure(restored, sharp)), metric.cap) for name, metric in METRICS.items()}
 
 
 def bootstrap_mean_interval(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from train.evaluate.metrics import METRICS
 from train.evaluate.scores import Evaluation, Score
 
 GAP, LABEL = 6, 22  # px between pictures, and of the line of text above a row
@@ -28,8 +29,8 @@ def draw_panel(pictures: Sequence[tuple[Score, np.ndarray, np.ndarray, np.ndarra
     for row, (score, *images) in enumerate(pictures):
         top = GAP + row * (height + LABEL + GAP)
         texts = (
-            f"blurry: {score.tier}, {score.extent:.0f} px, {score.input_psnr:.2f} dB",
-            f"restored: {score.restored_psnr:.2f} dB ({score.gain:+.2f})",
+            f"blurry: {score.tier}, {score.extent:.0f} px, {score.input['psnr']:.2f} dB",
+            f"restored: {score.restored['psnr']:.2f} dB ({score.gain:+.2f})",
             f"sharp: {score.key}",
         )
         for column, (text, image) in enumerate(zip(texts, images, strict=True)):
@@ -103,26 +104,28 @@ def draw_similarity(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 def tier_table(evaluation: Evaluation) -> str:
     """The table of a report: a Markdown row per severity tier."""
-    lines = [
-        "| tier | pairs | input PSNR | restored PSNR | gain, dB (95 % interval) | input SSIM | restored SSIM |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    heads = [f"input {metric.label} | restored {metric.label}" for metric in METRICS.values()]
+    heads.insert(1, "gain, dB (95 % interval)")
+    lines = [f"| tier | pairs | {' | '.join(heads)} |", "|---|---:|" + "---:|" * (2 * len(METRICS) + 1)]
     for row in evaluation.tiers():
         interval = f"{row.low:+.3f} … {row.high:+.3f}" if np.isfinite(row.low) else "one sample: no interval"
-        lines.append(
-            f"| {row.tier} | {row.pairs} | {row.input_psnr:.2f} | {row.restored_psnr:.2f} "
-            f"| {row.gain:+.3f} ({interval}) | {row.input_ssim:.4f} | {row.restored_ssim:.4f} |"
-        )
+        cells = [f"{row.input[n]:.{m.digits}f} | {row.restored[n]:.{m.digits}f}" for n, m in METRICS.items()]
+        cells.insert(1, f"{row.gain:+.3f} ({interval})")
+        lines.append(f"| {row.tier} | {row.pairs} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def tier_lines(evaluation: Evaluation) -> list[str]:
     """The table as plain lines for a terminal."""
-    return [
-        f"{row.tier:9s} {row.pairs:4d} pairs  {row.input_psnr:6.2f} → {row.restored_psnr:6.2f} dB  "
-        f"gain {row.gain:+.3f} ({row.low:+.3f} … {row.high:+.3f})  SSIM {row.input_ssim:.4f} → {row.restored_ssim:.4f}"
-        for row in evaluation.tiers()
-    ]
+    others = {name: metric for name, metric in METRICS.items() if name != "psnr"}
+    lines = []
+    for row in evaluation.tiers():
+        line = f"{row.tier:9s} {row.pairs:4d} pairs  {row.input['psnr']:6.2f} → {row.restored['psnr']:6.2f} dB  "
+        line += f"gain {row.gain:+.3f} ({row.low:+.3f} … {row.high:+.3f})"
+        for name, metric in others.items():
+            line += f"  {metric.label} {row.input[name]:.{metric.digits}f} → {row.restored[name]:.{metric.digits}f}"
+        lines.append(line)
+    return lines
 
 
 def similarity_table(evaluation: Evaluation, before: Sequence[float]) -> str:
@@ -170,12 +173,12 @@ def write_report(
 ) -> None:
     """report.md beside panel.png and (with `curve`) curve.png. `before`: similarities at the start of the run."""
     tiles = len({score.key for score in evaluation.scores})
+    notes_of_metrics = " ".join(f"{metric.label}: {metric.note}." for metric in METRICS.values())
     lines = [f"# {title}", "", verdict(evaluation), *notes, "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", "## Gain over the blurry input", "", tier_table(evaluation), ""]
     lines += [
-        "PSNR: RGB, whole crop, 8 bit, mean over pairs (equal pictures count as 60 dB). SSIM: scikit-image, Gaussian "
-        f"window σ 1.5, per channel. The interval is a bootstrap over the {tiles} validation samples: each is drawn "
+        f"{notes_of_metrics} The interval is a bootstrap over the {tiles} validation samples: each is drawn "
         "with all its pairs. Samples cut from one photograph resemble each other, so it is narrower than one over "
         "photographs would be.",
         "",

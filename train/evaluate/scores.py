@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,31 +11,28 @@ import torch
 
 from data.blur import TIERS
 from data.shards.set import ShardSet
-from train.evaluate.metrics import bootstrap_mean_interval, psnr, ssim, to_uint8
+from train.evaluate.metrics import METRICS, bootstrap_mean_interval, measured, to_uint8
 
 VALIDATION_SEED = 0  # the validation list is the same for every training seed
 PANEL_TIERS = ("severe", "extreme", "moderate")
 SEVERE = ("severe", "extreme")
-PSNR_CAP = 60.0  # dB; equal pictures have infinite PSNR, which has no mean
 INTERVAL_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Score:
-    """One restored pair. PSNR in dB (capped at 60), `ssim` as in `metrics`."""
+    """One restored pair: the blurry input and the restored picture measured by every metric of `METRICS`."""
 
     key: str
     tier: str
     extent: float
-    input_psnr: float
-    restored_psnr: float
-    input_ssim: float
-    restored_ssim: float
+    input: dict[str, float]
+    restored: dict[str, float]
 
     @property
     def gain(self) -> float:
         """Restored minus input PSNR, dB."""
-        return self.restored_psnr - self.input_psnr
+        return self.restored["psnr"] - self.input["psnr"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +42,20 @@ class TierSummary:
     tier: str
     pairs: int
     samples: int
-    input_psnr: float
-    restored_psnr: float
     gain: float
     low: float
     high: float
-    input_ssim: float
-    restored_ssim: float
+    input: dict[str, float]
+    restored: dict[str, float]
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for metrics.jsonl: `input_` and `restored_` before the names of metrics."""
+        facts = {"tier": self.tier, "pairs": self.pairs, "samples": self.samples}
+        for name in METRICS:
+            facts |= {f"input_{name}": self.input[name], f"restored_{name}": self.restored[name]}
+            if name == "psnr":
+                facts |= {"gain": self.gain, "low": self.low, "high": self.high}
+        return facts
 
 
 @dataclass
@@ -84,7 +88,7 @@ class Evaluation:
     def record(self) -> dict[str, Any]:
         """Plain values for metrics.jsonl."""
         return {
-            "tiers": [asdict(summary) for summary in self.tiers()],
+            "tiers": [summary.record() for summary in self.tiers()],
             "similarity": self.similarity,
             "student_similarity": self.student_similarity,
             "blurry_similarity": self.blurry_similarity,
@@ -92,28 +96,13 @@ class Evaluation:
 
 
 def _summary(tier: str, rows: Sequence[Score]) -> TierSummary:
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(score, name) for score in rows]))
+    def means(pictures: Sequence[dict[str, float]]) -> dict[str, float]:
+        return {name: float(np.mean([each[name] for each in pictures])) for name in METRICS}
 
-    keys = [score.key for score in rows]
-    low, high = bootstrap_mean_interval([score.gain for score in rows], keys, level=INTERVAL_LEVEL)
-    return TierSummary(
-        tier, len(rows), len(set(keys)), mean("input_psnr"), mean("restored_psnr"), mean("gain"), low, high,
-        mean("input_ssim"), mean("restored_ssim"),
-    )  # fmt: skip
-
-
-def score_pair(key: str, meta: dict, blurry: np.ndarray, restored: np.ndarray, sharp: np.ndarray) -> Score:
-    """Score uint8 RGB pictures [H, W, 3] of one pair."""
-    return Score(
-        key=key,
-        tier=meta["tier"],
-        extent=float(meta["extent"]),
-        input_psnr=min(psnr(blurry, sharp), PSNR_CAP),
-        restored_psnr=min(psnr(restored, sharp), PSNR_CAP),
-        input_ssim=ssim(blurry, sharp),
-        restored_ssim=ssim(restored, sharp),
-    )
+    keys, gains = [score.key for score in rows], [score.gain for score in rows]
+    low, high = bootstrap_mean_interval(gains, keys, level=INTERVAL_LEVEL)
+    sizes, pictures = (len(rows), len(set(keys))), ([each.input for each in rows], [each.restored for each in rows])
+    return TierSummary(tier, *sizes, float(np.mean(gains)), low, high, *map(means, pictures))
 
 
 @torch.no_grad()
@@ -145,7 +134,8 @@ def evaluate_pairs(
             blurry, sharp = (pair[name][None].to(device).float().div(255) for name in ("blurry", "sharp"))
             out = network(blurry)
             seen, restored, truth = (to_uint8(image)[0] for image in (blurry, out.restored[-1], sharp))
-            score = score_pair(pair["key"], pair, seen, restored, truth)
+            scores = measured(seen, truth), measured(restored, truth)
+            score = Score(pair["key"], pair["tier"], float(pair["extent"]), *scores)
             result.scores.append(score)
             if pair["number"] in keep:
                 result.pictures.append((score, seen, restored, truth))

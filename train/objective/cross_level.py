@@ -8,8 +8,9 @@ from torch import nn
 
 from model.names import choose
 from model.statistics import FeatureStatistics
+from train.config.schema import LossSection
 from train.objective.matching import MATCHES
-from train.objective.restoration import Parts, _cosine
+from train.objective.restoration import Parts
 
 
 class CrossLevelFeatureLoss(nn.Module):
@@ -32,23 +33,18 @@ class CrossLevelFeatureLoss(nn.Module):
     def __init__(
         self,
         channels: Sequence[int],
-        structure: float = 1.0,
-        context: float = 1.0,
-        logits: float = 0.0,
-        classify: Callable[[torch.Tensor], torch.Tensor | Sequence[torch.Tensor]] | None = None,
+        loss: LossSection,
         *,
-        match: str = "cross_level",
+        classify: Callable[[torch.Tensor], torch.Tensor | Sequence[torch.Tensor]] | None = None,
         splits: Sequence[Sequence[int]] | None = None,
         shares: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
-        if min(structure, context, logits) < 0:
-            raise ValueError(f"weights of feature losses are {structure}, {context}, {logits}: none can be negative")
-        if logits and classify is None:
+        if loss.logits and classify is None:
             raise ValueError(
                 "the logits term needs the teacher's classifier: give classify=teacher.logits, or weight 0"
             )
-        self.match = MATCHES[choose("match", match, MATCHES)]
+        self.match = MATCHES[choose("loss.match", loss.match, MATCHES)]
         self.splits = [list(split) for split in splits] if splits is not None else [[c] for c in channels]
         self.shares = tuple(shares)
         if [sum(split) for split in self.splits] != list(channels) or {len(s) for s in self.splits} != {len(shares)}:
@@ -56,7 +52,7 @@ class CrossLevelFeatureLoss(nn.Module):
                 f"{len(shares)} teachers' channels {self.splits} do not add up to the levels' {list(channels)}"
             )
         self.statistics = FeatureStatistics(channels)
-        self.weights = {"structure": structure, "context": context, "logits": logits}
+        self.weights = {"structure": loss.structure, "context": loss.context, "logits": loss.logits}
         # In a tuple, so that a bound method's module (the teacher) never becomes a submodule with parameters.
         self._classify = (classify,)
 
@@ -130,3 +126,7 @@ class CrossLevelFeatureLoss(nn.Module):
 
 def _context(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return (1 - F.cosine_similarity(r.mean((2, 3)), t.mean((2, 3)))).mean()
+
+
+def _cosine(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return F.cosine_similarity(r, t, dim=1).mean()

@@ -1,14 +1,17 @@
-"""Losses of restoration and of cross-level feature learning, each a mean: no size or channel count changes its scale.
+"""Losses of restoration: a table of terms, each a mean, so that no crop size or batch changes its scale.
 
 All arithmetic is fp32, also under autocast. A loss returns (total, parts): the scalar to differentiate, and its parts,
 detached, by name, each before its weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from model.names import choose
+from train.config.schema import LossSection
 
 Parts = dict[str, torch.Tensor]
 
@@ -42,38 +45,40 @@ def frequency_l1(restored: torch.Tensor, sharp: torch.Tensor) -> torch.Tensor:
     return (spectrum.mean(dim=(0, 1, 2, 4)) * twice).sum() / width
 
 
-PIXEL_LOSSES = {"charbonnier": charbonnier, "l1": l1}
+# A term compares a restored image with the sharp one, both fp32 sRGB [B, 3, H, W]: a function here and a row make a new
+# one, which `loss.pixel` and `loss.terms` then know.
+TERMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "charbonnier": charbonnier,
+    "l1": l1,
+    "frequency": frequency_l1,
+}
 
 
 class RestorationLoss(nn.Module):
-    """pixel + frequency · FFT-L1, averaged over the restored images; parts `pixel` and `frequency`.
+    """The weighted sum of the terms that a configuration names, each averaged over the restored images.
 
-    An output smaller than the sharp image is compared with its area-averaged reduction, as MIMO-UNet supervises its
-    scales. forward(restored, sharp): restored = tuple of [B, 3, h, w], sharp [B, 3, H, W], sRGB in [0, 1].
+    Parts: `pixel` (the term that loss.pixel names, of weight 1), and under their own names `frequency` and those of
+    loss.terms; a weight of 0 leaves a term out. An output smaller than the sharp image is compared with its
+    area-averaged reduction, as MIMO-UNet supervises its scales. forward(restored, sharp): restored = tuple of
+    [B, 3, h, w], sharp [B, 3, H, W], sRGB in [0, 1]. ValueError for a name that is not in `TERMS`.
     """
 
-    def __init__(self, pixel: str = "charbonnier", frequency: float = 0.1) -> None:
+    def __init__(self, loss: LossSection) -> None:
         super().__init__()
-        if pixel not in PIXEL_LOSSES:
-            raise ValueError(f"unknown pixel loss '{pixel}': known: {', '.join(PIXEL_LOSSES)}")
-        if frequency < 0:
-            raise ValueError(f"the weight of the frequency loss is {frequency}: it cannot be negative")
-        self.pixel, self.frequency = PIXEL_LOSSES[pixel], frequency
+        if "frequency" in loss.terms:
+            raise ValueError("loss.terms: frequency has a key of its own, loss.frequency: set that")
+        weights = {"frequency": loss.frequency, **loss.terms}
+        self.terms = {"pixel": (TERMS[choose("loss.pixel", loss.pixel, TERMS)], 1.0)}
+        self.terms |= {n: (TERMS[choose("term in loss.terms", n, TERMS)], w) for n, w in weights.items() if w}
 
     def forward(self, restored: Sequence[torch.Tensor], sharp: torch.Tensor) -> tuple[torch.Tensor, Parts]:
         with torch.autocast(sharp.device.type, enabled=False):
             sharp = sharp.float()
-            pixel = frequency = torch.zeros((), device=sharp.device)
+            parts = dict.fromkeys(self.terms, sharp.new_zeros(()))
             for image in restored:
                 size = image.shape[-2:]
                 target = sharp if size == sharp.shape[-2:] else F.interpolate(sharp, size=size, mode="area")
-                pixel = pixel + self.pixel(image.float(), target) / len(restored)
-                if self.frequency:
-                    frequency = frequency + frequency_l1(image.float(), target) / len(restored)
-            total = pixel + self.frequency * frequency
-        parts = {"pixel": pixel.detach()} | ({"frequency": frequency.detach()} if self.frequency else {})
-        return total, parts
-
-
-def _cosine(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return F.cosine_similarity(r, t, dim=1).mean()
+                for name, (term, _) in self.terms.items():
+                    parts[name] = parts[name] + term(image.float(), target) / len(restored)
+            total = sum(weight * parts[name] for name, (_, weight) in self.terms.items())
+        return total, {name: part.detach() for name, part in parts.items()}

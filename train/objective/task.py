@@ -26,25 +26,18 @@ class DeblurTask:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        weights = config.loss
-        self.restoration = RestorationLoss(weights.pixel, weights.frequency).to(device)
+        self.restoration = RestorationLoss(config.loss)
         self.teacher: Teachers | None = None
         self.features: CrossLevelFeatureLoss | None = None
         self.targets: TeacherFeatures | None = None
         if config.model.prior:
             self.teacher = build_teachers(config).to(device)
-            if weights.logits:
+            classify = None
+            if config.loss.logits:
                 self.teacher.check_classifiers()
-            self.features = CrossLevelFeatureLoss(
-                self.teacher.channels,
-                structure=weights.structure,
-                context=weights.context,
-                logits=weights.logits,
-                classify=self.teacher.logits if weights.logits else None,
-                match=weights.match,
-                splits=self.teacher.splits,
-                shares=self.teacher.weights,
-            ).to(device)
+                classify = self.teacher.logits
+            teacher = {"splits": self.teacher.splits, "shares": self.teacher.weights, "classify": classify}
+            self.features = CrossLevelFeatureLoss(self.teacher.channels, config.loss, **teacher).to(device)
 
     def calibrate(self, module: Deblurrer, images: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Measure the features' scales of a fresh run on (blurry, sharp) uint8 batches, the same ones on every rank."""

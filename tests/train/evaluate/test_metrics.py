@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from train.evaluate.metrics import bootstrap_mean_interval, psnr, ssim, to_uint8
+from data.image import psnr
+from train.evaluate.metrics import METRICS, bootstrap_mean_interval, measured, ssim, to_uint8
+from train.evaluate.report import tier_lines, tier_table, write_report
 from train.evaluate.scores import Evaluation, Score, merge
 
 
@@ -18,7 +20,7 @@ def test_psnr_of_a_constant_difference_is_the_formula():
     sharp = np.full((10, 12, 3), 100, np.uint8)
     assert psnr(sharp + 5, sharp) == pytest.approx(20 * math.log10(255 / 5))
     assert psnr(sharp, sharp) == math.inf
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="one, non-empty shape"):
         psnr(sharp, sharp[:5])
     with pytest.raises(ValueError, match="uint8"):
         psnr(sharp.astype(np.float32), sharp)
@@ -35,6 +37,25 @@ def test_ssim_of_a_picture_with_itself_is_1_and_falls_with_noise():
     assert ssim(sharp, sharp) == pytest.approx(1.0)
     assert 0 < ssim(noisy, sharp) < 1
     assert ssim(picture(2), sharp) < ssim(noisy, sharp)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_of_the_table_keeps_the_contract(name, tmp_path):
+    """A row is all that a new metric needs: this runs over the table."""
+    metric, sharp = METRICS[name], picture(0)
+    noisy = np.clip(sharp.astype(int) + picture(1) // 8, 0, 255).astype(np.uint8)
+    same, near = measured(sharp, sharp)[name], measured(noisy, sharp)[name]
+    assert all(isinstance(value, float) and math.isfinite(value) for value in (same, near))
+    assert near != same
+    assert (noisy == np.clip(sharp.astype(int) + picture(1) // 8, 0, 255)).all()  # the pictures are left alone
+    evaluation = Evaluation([Score("a", "severe", 40.0, measured(noisy, sharp), measured(sharp, sharp))])
+    (row,) = evaluation.record()["tiers"]
+    assert (row[f"input_{name}"], row[f"restored_{name}"]) == (near, same)
+    write_report(tmp_path / "report.md", evaluation, title="T", facts={}, before=[])
+    shown = f"{near:.{metric.digits}f}", f"{same:.{metric.digits}f}"
+    assert f"{shown[0]} | {shown[1]} |" in tier_table(evaluation)
+    assert all(value in tier_lines(evaluation)[0] for value in shown)
+    assert f"{metric.label}: {metric.note}." in (tmp_path / "report.md").read_text()
 
 
 def test_to_uint8_clamps_and_rounds():
@@ -64,7 +85,8 @@ def test_the_interval_is_the_same_every_time_and_refuses_nonsense():
 
 
 def score(key: str, tier: str, gain: float) -> Score:
-    return Score(key, tier, 40.0, 20.0, 20.0 + gain, 0.5, 0.6)
+    blurry = dict.fromkeys(METRICS, 0.5) | {"psnr": 20.0}
+    return Score(key, tier, 40.0, blurry, blurry | {"psnr": 20.0 + gain})
 
 
 def test_parts_of_the_ranks_merge_into_one_evaluation():

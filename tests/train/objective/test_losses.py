@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from model.deblurrer import build_deblurrer
 from model.statistics import FeatureStatistics
 from model.teacher import Teacher
+from train.config.file import configure
+from train.config.schema import LossSection
 from train.objective.cross_level import CrossLevelFeatureLoss
-from train.objective.restoration import RestorationLoss, charbonnier, frequency_l1, l1
+from train.objective.restoration import TERMS, RestorationLoss, charbonnier, frequency_l1, l1
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -22,8 +24,8 @@ def features(seed: int, channels=(6, 8), scale: float = 1.0) -> list[torch.Tenso
     return [scale * noise(2, c, 16 >> level, 24 >> level, seed=seed + level) for level, c in enumerate(channels)]
 
 
-def calibrated(channels=(6, 8), **options) -> CrossLevelFeatureLoss:
-    loss = CrossLevelFeatureLoss(channels, **options)
+def calibrated(channels=(6, 8), **weights) -> CrossLevelFeatureLoss:
+    loss = CrossLevelFeatureLoss(channels, LossSection(**weights))
     loss.calibrate([features(100, channels), features(200, channels)])
     return loss
 
@@ -42,11 +44,29 @@ def test_half_a_spectrum_gives_the_mean_over_the_whole(size):
     torch.testing.assert_close(frequency_l1(a, b), whole)
 
 
-def test_losses_do_not_grow_with_the_crop():
-    for loss in (charbonnier, l1, frequency_l1):
-        small = loss(noise(4, 3, 32, 32), torch.zeros(4, 3, 32, 32))
-        large = loss(noise(4, 3, 128, 128), torch.zeros(4, 3, 128, 128))
-        assert float(large / small) == pytest.approx(1, abs=0.05)
+@pytest.mark.parametrize("name", TERMS)
+def test_every_term_of_the_table_keeps_the_contract(name):
+    """A row is all that a new term needs: this runs over the table."""
+    term = TERMS[name]
+    a, b = noise(2, 3, 32, 33), noise(2, 3, 32, 33, seed=1).requires_grad_()
+    value = term(b, a)
+    assert (value.shape, value.dtype) == ((), torch.float32)
+    assert float(term(a, a)) < 0.01 * float(value)
+    value.backward()
+    assert torch.isfinite(b.grad).all()
+    term(a.requires_grad_(), a.detach().clone()).backward()
+    assert torch.isfinite(a.grad).all()  # a perfect restoration too
+    small, large = (term(noise(4, 3, n, n), torch.zeros(4, 3, n, n)) for n in (32, 128))
+    assert float(large / small) == pytest.approx(1, abs=0.05)
+    key = "loss.frequency" if name == "frequency" else f"loss.terms.{name}"
+    weighed = RestorationLoss(configure(["loss.pixel=l1", "loss.frequency=0", f"{key}=0.5"]).loss)
+    restored, sharp = (noise(1, 3, 16, 16),), noise(1, 3, 16, 16, seed=1)
+    total, parts = weighed(restored, sharp)
+    assert float(total) == pytest.approx(float(parts["pixel"] + 0.5 * parts[name]))
+    assert RestorationLoss(LossSection(pixel=name))(restored, sharp)[1]["pixel"] == parts[name]
+
+
+def test_losses_do_not_grow_with_the_channels():
     one, many = calibrated((6,)), calibrated((60,))
     values = [float(one(features(1, (6,)), features(2, (6,)))[1]["structure"])]
     values += [float(many(features(1, (60,)), features(2, (60,)))[1]["structure"])]
@@ -55,10 +75,10 @@ def test_losses_do_not_grow_with_the_crop():
 
 def test_the_total_is_the_weighted_sum_of_detached_parts():
     restored, sharp = noise(2, 3, 16, 16).requires_grad_(), noise(2, 3, 16, 16, seed=1)
-    total, parts = RestorationLoss("l1", frequency=0.5)((restored,), sharp)
+    total, parts = RestorationLoss(LossSection(pixel="l1", frequency=0.5))((restored,), sharp)
     assert float(total.detach()) == pytest.approx(float(parts["pixel"] + 0.5 * parts["frequency"]))
     assert not any(p.requires_grad for p in parts.values())
-    assert RestorationLoss("l1", frequency=0)((restored,), sharp)[1].keys() == {"pixel"}
+    assert RestorationLoss(LossSection(pixel="l1", frequency=0))((restored,), sharp)[1].keys() == {"pixel"}
     loss = calibrated(structure=2.0, context=0.5)
     total, parts = loss(features(1), features(2))
     assert float(total) == pytest.approx(float(2 * parts["structure"] + 0.5 * parts["context"]))
@@ -67,14 +87,14 @@ def test_the_total_is_the_weighted_sum_of_detached_parts():
 def test_smaller_outputs_are_compared_with_the_averaged_sharp_image():
     sharp = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     half = F.avg_pool2d(sharp, 2)
-    total, _ = RestorationLoss("l1", frequency=1.0)((half, sharp), sharp)
+    total, _ = RestorationLoss(LossSection(pixel="l1"))((half, sharp), sharp)
     assert float(total) == pytest.approx(0, abs=1e-6)
 
 
 def test_arithmetic_is_fp32_under_autocast():
     restored, sharp = noise(1, 3, 16, 16).bfloat16(), noise(1, 3, 16, 16, seed=1)
     r, t = [f.bfloat16() for f in features(1)], features(2)
-    restoration, cfl = RestorationLoss(), calibrated()
+    restoration, cfl = RestorationLoss(LossSection()), calibrated()
     expected = restoration((restored.float(),), sharp)[0], cfl([f.float() for f in r], t)[0]
     with torch.autocast("cpu", torch.bfloat16):
         got = restoration((restored,), sharp)[0], cfl(r, t)[0]
@@ -103,7 +123,7 @@ def test_levels_of_any_size_are_pooled_as_far_as_they_go(size):
 
 
 def test_standardisation_makes_scale_and_offset_of_the_teacher_irrelevant():
-    plain, scaled = CrossLevelFeatureLoss((6, 8)), CrossLevelFeatureLoss((6, 8))
+    plain, scaled = CrossLevelFeatureLoss((6, 8), LossSection()), CrossLevelFeatureLoss((6, 8), LossSection())
     change = lambda fs: [50 * f - 7 for f in fs]  # noqa: E731
     plain.calibrate([features(100)])
     scaled.calibrate([change(features(100))])
@@ -112,7 +132,7 @@ def test_standardisation_makes_scale_and_offset_of_the_teacher_irrelevant():
 
 def test_calibration_is_the_moments_of_all_batches_and_travels_in_the_state_dict():
     batches = [features(100), features(200), features(300)]
-    loss, other = CrossLevelFeatureLoss((6, 8)), CrossLevelFeatureLoss((6, 8))
+    loss, other = CrossLevelFeatureLoss((6, 8), LossSection()), CrossLevelFeatureLoss((6, 8), LossSection())
     loss.calibrate(batches)
     everything = torch.cat([b[1] for b in batches]).double()
     mean, std = loss.statistics.moments(1)
@@ -125,7 +145,7 @@ def test_calibration_is_the_moments_of_all_batches_and_travels_in_the_state_dict
 def test_a_dead_channel_does_not_blow_the_loss_up():
     batch = features(100, (6,))
     batch[0][:, 2] = 3.0
-    loss = CrossLevelFeatureLoss((6,), context=0)
+    loss = CrossLevelFeatureLoss((6,), LossSection(context=0))
     loss.calibrate([batch])
     r = [batch[0].clone()]
     r[0][:, 2] += 1e-3
@@ -143,14 +163,18 @@ def test_similarity_is_per_level_and_one_for_the_teacher_itself():
 
 def test_unusable_input_is_refused_in_one_line():
     for build, words in (
-        (lambda: CrossLevelFeatureLoss((6, 8))(features(1), features(2)), "call calibrate"),
-        (lambda: CrossLevelFeatureLoss((6, 8)).calibrate([]), "no features"),
+        (lambda: CrossLevelFeatureLoss((6, 8), LossSection())(features(1), features(2)), "call calibrate"),
+        (lambda: CrossLevelFeatureLoss((6, 8), LossSection()).calibrate([]), "no features"),
         (lambda: calibrated()(features(1)[:1], features(2)), "do not match"),
-        (lambda: CrossLevelFeatureLoss((6, 8), logits=1.0), r"classify=teacher\.logits"),
-        (lambda: CrossLevelFeatureLoss((6, 8), structure=-1.0), "negative"),
-        (lambda: RestorationLoss("l2"), "known: charbonnier, l1"),
+        (lambda: CrossLevelFeatureLoss((6, 8), LossSection(logits=1.0)), r"classify=teacher\.logits"),
+        (lambda: RestorationLoss(LossSection(pixel="l2")), r"unknown loss\.pixel 'l2': did you mean l1"),
+        (lambda: RestorationLoss(LossSection(terms={"edges": 1})), "unknown term in loss.terms 'edges'"),
+        (lambda: RestorationLoss(LossSection(terms={"frequency": 1})), "set that"),
         (lambda: FeatureStatistics((6,)).update(features(1)), "were given"),
-        (lambda: CrossLevelFeatureLoss((6,)).calibrate([[torch.full((1, 6, 2, 2), math.nan)]]), "not finite"),
+        (
+            lambda: CrossLevelFeatureLoss((6,), LossSection()).calibrate([[torch.full((1, 6, 2, 2), math.nan)]]),
+            "not finite",
+        ),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             build()
@@ -164,7 +188,7 @@ def test_feature_losses_fall_and_similarity_rises_on_a_fixed_batch():
     blurry = F.avg_pool2d(F.pad(sharp, (7, 7, 0, 0), mode="replicate"), (1, 15), stride=1)
     teacher = Teacher()
     model = build_deblurrer(backbone={"name": "unet", "width": 8, "blocks": [1, 1, 1]}, fusion_width=16)
-    loss = CrossLevelFeatureLoss(teacher.channels, logits=0.1, classify=teacher.logits)
+    loss = CrossLevelFeatureLoss(teacher.channels, LossSection(logits=0.1), classify=teacher.logits)
     target = teacher(sharp)
     loss.calibrate([target])
     model.calibrate(loss.statistics, [blurry])

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from model.deblurrer import build_deblurrer
 from model.teacher import Teacher
 from model.teachers import Teachers
+from train.config.file import configure
+from train.config.schema import LossSection
 from train.objective.cross_level import CrossLevelFeatureLoss
 from train.objective.matching import MATCHES, attention, cosine, hierarchical, squared
 
@@ -56,14 +58,14 @@ def features(seed: int, channels) -> list[torch.Tensor]:
 @pytest.mark.parametrize("match", MATCHES)
 def test_several_teachers_are_the_weighted_mean_of_each_alone(match):
     splits, shares = ((4, 6), (5, 3)), (0.75, 0.25)
-    whole = CrossLevelFeatureLoss((10, 8), match=match, splits=splits, shares=shares)
+    whole = CrossLevelFeatureLoss((10, 8), LossSection(match=match), splits=splits, shares=shares)
     r, t, seen = (features(seed, (10, 8)) for seed in (0, 10, 20))
     whole.calibrate([seen])
     expected: dict[str, float] = {"structure": 0.0, "context": 0.0}
     alike = torch.zeros(2)
     for number, share in enumerate(shares):
         part = [[x.split(split, dim=1)[number] for x, split in zip(side, splits, strict=True)] for side in (r, t, seen)]
-        one = CrossLevelFeatureLoss([split[number] for split in splits], match=match)
+        one = CrossLevelFeatureLoss([split[number] for split in splits], LossSection(match=match))
         one.calibrate([part[2]])
         for name, value in one(part[0], part[1])[1].items():
             expected[name] += share * float(value)
@@ -82,7 +84,7 @@ def test_classes_of_several_teachers_are_weighed_too():
     r, t = (features(seed, (8,)) for seed in (0, 10))
     values = []
     for shares in ((0.75, 0.25), (1.0, 0.0), (0.0, 1.0)):
-        loss = CrossLevelFeatureLoss((8,), logits=1.0, classify=classify, splits=((5, 3),), shares=shares)
+        loss = CrossLevelFeatureLoss((8,), LossSection(logits=1), classify=classify, splits=((5, 3),), shares=shares)
         loss.calibrate([features(20, (8,))])
         values.append(float(loss(r, t)[1]["logits"]))
     assert values[0] == pytest.approx(0.75 * values[1] + 0.25 * values[2], rel=1e-5)
@@ -93,10 +95,11 @@ def test_teachers_that_do_not_add_up_are_refused():
     for options, words in (
         ({"splits": ((4, 5), (5, 3)), "shares": (0.5, 0.5)}, "do not add up"),
         ({"splits": ((4, 6), (5, 3))}, "do not add up"),
-        ({"match": "cosin"}, "did you mean cosine"),
     ):
         with pytest.raises(ValueError, match=words):
-            CrossLevelFeatureLoss((10, 8), **options)
+            CrossLevelFeatureLoss((10, 8), LossSection(), **options)
+    with pytest.raises(ValueError, match=r"unknown loss\.match 'cosin': did you mean cosine"):
+        CrossLevelFeatureLoss((10, 8), configure(["loss.match=cosin"]).loss)
 
 
 @pytest.mark.parametrize("match", MATCHES)
@@ -112,7 +115,7 @@ def test_every_way_learns_a_fixed_batch(match):
         fusion="same_level" if match == "same_level" else "cross_level",
         residual_prior=False,
     )
-    loss = CrossLevelFeatureLoss(teacher.channels, match=match, context=0.0)
+    loss = CrossLevelFeatureLoss(teacher.channels, LossSection(match=match, context=0.0))
     target = teacher(sharp)
     loss.calibrate([target])
     model.calibrate(loss.statistics, [blurry])
