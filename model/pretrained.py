@@ -2,11 +2,12 @@
 and `config.yaml` beside it for reading; or one .safetensors file of any name.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import yaml
@@ -17,10 +18,9 @@ from torch import nn
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 SINGLE = ".safetensors"  # the suffix of a model that is one file
 CONFIG_KEY = "config"  # of the metadata in the weights' file: the YAML text
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_WHOLES = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+_DTYPES = {**_FLOATS, **_WHOLES, torch.bool: "BOOL"}
 
 
 class SafetensorsWriter:
@@ -47,8 +47,8 @@ class SafetensorsWriter:
         self._header = len(text).to_bytes(8, "little") + text
 
     def __enter__(self) -> "SafetensorsWriter":
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._file = open(self._temporary, "wb")
+        self._replacing = _replacing(self.path)
+        self._file = self._replacing.__enter__()
         self._file.write(self._header)
         return self
 
@@ -61,20 +61,12 @@ class SafetensorsWriter:
         self._file.write(memoryview(flat.view(torch.uint8).numpy()))
         self._written += 1
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        try:
-            if kind is None:
-                if self._written != len(self._layout):
-                    raise ValueError(f"{self.path}: {self._written} of {len(self._layout)} tensors were written")
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                os.replace(self._temporary, self.path)
-        finally:
-            try:
-                self._file.close()  # on a full disk this fails too
-            finally:
-                self._temporary.unlink(missing_ok=True)
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if kind is None and self._written != len(self._layout):
+            error = ValueError(f"{self.path}: {self._written} of {len(self._layout)} tensors were written")
+        self._replacing.__exit__(type(error) if error is not None else None, error, trace)
+        if kind is None and error is not None:
+            raise error
 
 
 def config_text(config: Mapping[str, Any]) -> str:
@@ -106,7 +98,8 @@ def save_pretrained(path: str | Path, state: Mapping[str, torch.Tensor], config:
 
 def write_config(folder: Path, text: str) -> None:
     """Put config.yaml into a folder, whole or not at all."""
-    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    with _replacing(folder / CONFIG) as file:
+        file.write(text.encode())
 
 
 def _widest_first(item: tuple[str, torch.Tensor]) -> tuple[int, str]:
@@ -186,12 +179,14 @@ def load_strictly(model: nn.Module, state: Mapping[str, torch.Tensor], where: st
     model.load_state_dict(dict(state), strict=True)
 
 
-def _replace(path: Path, write) -> None:
-    """Write through a temporary name beside `path`, force it to disk, then rename."""
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file under a temporary name beside `path`, which takes its name, and is on the disk, when the block ends."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

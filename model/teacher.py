@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.encoder import LIGHT, EncoderSpec, build_encoder, weights_digest
+from model.encoder import EncoderSpec, build_encoder, weights_digest, without_weights
 from model.names import choose
+from model.networks import NETWORKS
 
 FINGERPRINT_FORMAT = 2
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -40,8 +41,8 @@ class Teacher(nn.Module):
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        if name == LIGHT:
-            raise ValueError(f"{LIGHT} has learned nothing that it could teach: it can be a student only")
+        if without_weights(name):
+            raise ValueError(f"{name} has learned nothing that it could teach: it can be a student only")
         self.spec = EncoderSpec(name, weights or "pretrained", levels)
         self._precision, self._compiled = choose("precision", precision, PRECISIONS), compiled
         self.encoder = build_encoder(self.spec)
@@ -131,7 +132,7 @@ class Teacher(nn.Module):
             "format": FINGERPRINT_FORMAT,
             "name": self.spec.timm_name,
             "weights": self._digest,
-            "timm": timm.__version__,
+            "timm": None if self.spec.name in NETWORKS else timm.__version__,
             "strides": self.strides,
             "features": self.encoder.indices,
             "patch": self.encoder.patch,

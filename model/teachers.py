@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from model.config import ModelConfig
 from model.teacher import Teacher
 
 
@@ -67,3 +68,12 @@ class Teachers(nn.Module):
     def train(self, mode: bool = True) -> "Teachers":
         """Stay in eval mode, whatever is asked."""
         return super().train(False)
+
+
+def build_teachers(config: ModelConfig) -> Teachers:
+    """A configuration's teachers with their weights, on the CPU. ValueError where weights are absent or unfit."""
+    made = [
+        Teacher(each.name, each.weights, config.levels, precision=each.precision, compiled=each.compile)
+        for each in config.teacher
+    ]
+    return Teachers(made, [each.weight for each in config.teacher])

@@ -14,6 +14,8 @@ from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 from timm.models import load_state_dict as read_weights
 from torch import nn
 
+from model.networks import NETWORKS
+
 # ImageNet weights as installed packages (the TensorFlow release, hence timm's tf_ variants with their padding):
 # name → (timm's name, distribution on the package index, class that knows the file).
 PACKAGED = {
@@ -40,6 +42,8 @@ def load_weights(net: nn.Module, name: str, weights: str) -> None:
     """
     if weights != "pretrained":
         net.load_state_dict(_fitting(_read(weights, name), net, name, weights), strict=True)
+    elif name in NETWORKS:
+        NETWORKS[name].read(net)
     elif name in PACKAGED:
         _load_packaged(net, name)
     else:
@@ -149,8 +153,12 @@ def _fitting(given: dict[str, torch.Tensor], net: nn.Module, name: str, path: st
     for problem, keys in (("lacks", missing), ("has the unexpected", extra), ("has another shape for", wrong)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"{path} is not a checkpoint of timm's {timm_name(name)}: it {problem} {keys[0]}{more}")
+            raise ValueError(f"{path} is not a checkpoint of {_owned(name)}: it {problem} {keys[0]}{more}")
     return given
+
+
+def _owned(name: str) -> str:
+    return name if name in NETWORKS else f"timm's {timm_name(name)}"
 
 
 def _read(path: str, name: str) -> dict[str, torch.Tensor]:

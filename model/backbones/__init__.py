@@ -1,11 +1,14 @@
-"""The backbones: networks that restore, and that let a prior in at the points they declare.
+"""The backbones: networks that restore, and that let a prior in at the points they declare. One file and one row each.
 
-A backbone has `embed_points` {name: (channels, stride)}, `stride_multiple` (its input's height and width are multiples
-of it) and `forward(x [B, 3, H, W], embed)` → tuple of restored images, the full-size one last.
+A backbone is an nn.Module, made from plain settings that all have defaults, with
+  embed_points      {name: (channels, stride)}: the features that it hands to `embed`, each once in a forward pass, and
+                    goes on with what comes back, of the same shape
+  stride_multiple   its input's height and width are multiples of it; `Deblurrer` pads
+  forward(x, embed) x [B, 3, H, W] sRGB, nominally in [0, 1]; embed(name, feature [B, channels, H/stride, W/stride]),
+                    `identity` by default → tuple of restored images, the full-size one [B, 3, H, W] last
+Nothing in it depends on the batch: no statistics over samples. tests/model/test_backbones.py holds the rows to this.
 """
 
 from model.backbones.unet import UNet
 
 BACKBONES = {"unet": UNet}
-
-__all__ = ["BACKBONES", "UNet"]

@@ -1,16 +1,12 @@
 """A compact residual UNet for severe blur: plain 3×3 residual blocks, no normalisation, most of its depth far down."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-def identity(name: str, feature: torch.Tensor) -> torch.Tensor:
-    """Embed nothing: what a backbone calls at its points when it stands alone."""
-    return feature
-
+from model.backbones.points import Embed, identity
 
 INPUT_SCALE = 4.0  # photographs in [0, 1] deviate from their mean by about 1/4: features start at about unit size
 
@@ -93,9 +89,7 @@ class UNet(nn.Module):
             first, last = 2 * first - 2 * blocks, 2 * last + 1 + 2 * blocks
         return self.patch * (last - first + 3)  # the entering convolution, and both ends counted
 
-    def forward(
-        self, x: torch.Tensor, embed: Callable[[str, torch.Tensor], torch.Tensor] = identity
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: torch.Tensor, embed: Embed = identity) -> tuple[torch.Tensor, ...]:
         centred = (x - x.mean(dim=(2, 3), keepdim=True)) * INPUT_SCALE
         feature = self.enter(F.pixel_unshuffle(centred, self.patch))
         skips = []

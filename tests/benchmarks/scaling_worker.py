@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
-from model.deblurrer import build_deblurrer
+from tests.model.models import deblurrer
 from tests.train.workers.recorder import recorded
 from train.config.schema import Config
 from train.engine.engine import Engine
@@ -45,7 +45,7 @@ def main(zero: int, steps: int) -> None:
 
     config = Config(engine={"zero": zero, "cpu_threads": 1}, train={"batch": PAIRS * world_size()})
     engine = Engine(config)
-    network = build_deblurrer(backbone={"name": "unet", "width": 24, "blocks": [1, 1, 2]}, prior=False)
+    network = deblurrer(backbone={"name": "unet", "width": 24, "blocks": [1, 1, 2]}, prior=False)
     gradients = gradients_of(network)
     engine.wrap(network)
     engine.set_learning_rates(1e-4, 1e-4)

@@ -3,15 +3,20 @@
 import pytest
 import torch
 
-from model.deblurrer import Deblurrer, build_deblurrer
+from model.deblurrer import Deblurrer
 from model.padding import pad_to_multiple
+from tests.model.models import RANDOM, deblurrer
 
 SMALL = {"name": "unet", "width": 8, "blocks": [1, 1, 1], "patch": 2}
-OPTIONS = {"backbone": SMALL, "teacher_weights": "random", "fusion_width": 16, "spe_dim": 8, "spe_groups": 2}
+OPTIONS = {"backbone": SMALL, "teacher": RANDOM, "student": {"width": 16}, "spe": {"dim": 8, "groups": 2}}
 
 
 def small(**changes) -> Deblurrer:
-    return build_deblurrer(**(OPTIONS | changes))
+    """The small network, with sections changed key by key."""
+    merged = {
+        k: {**OPTIONS.get(k, {}), **v} if isinstance(v, dict) and k != "backbone" else v for k, v in changes.items()
+    }
+    return deblurrer(**(OPTIONS | merged))
 
 
 def perturb(model: torch.nn.Module, keys: str = "") -> None:
@@ -46,7 +51,7 @@ def test_a_new_network_returns_its_input():
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("student", [None, "resnet18"])
 def test_gradients_reach_every_parameter(student, residual):
-    options = {"student": student, "student_weights": "random"} if student else {"residual_prior": residual}
+    options = {"student": {"name": student, **RANDOM} if student else {"residual": residual}}
     model = small(**options)
     perturb(model)
     model(image(2, 3, 64, 64)).restored[-1].square().mean().backward()
@@ -91,8 +96,8 @@ def test_a_plain_backbone_has_no_prior_and_named_points_are_the_only_ones():
     assert len(plain.spe) == 0
     assert plain(image(1, 3, 33, 40)).prior is None
     assert plain.multiple == 8
-    assert list(small(spe_points=["bottleneck"]).spe) == ["bottleneck"]
-    assert len(small(spe_points=[]).spe) == 0
+    assert list(small(spe={"points": ["bottleneck"]}).spe) == ["bottleneck"]
+    assert len(small(spe={"points": []}).spe) == 0
 
 
 def test_weights_depend_on_the_seed_alone():
@@ -112,7 +117,7 @@ def test_the_student_starts_from_the_teacher_s_weights_and_features():
     from train.config.schema import LossSection
     from train.objective.cross_level import CrossLevelFeatureLoss
 
-    teacher, model = Teacher(), build_deblurrer(backbone=SMALL, fusion_width=16)
+    teacher, model = Teacher(), deblurrer(backbone=SMALL, student={"width": 16})
     x = image(2, 3, 64, 64)
     features = teacher(x)
     loss = CrossLevelFeatureLoss(teacher.channels, LossSection())
@@ -157,12 +162,12 @@ def test_embeddings_read_the_prior_in_the_teacher_s_standard_units():
 
 def test_the_meta_device_needs_no_weights():
     with torch.device("meta"):
-        model = small(teacher_weights="nowhere.pth")
+        model = small(teacher={"weights": "nowhere.pth"})
     assert all(p.device.type == "meta" for p in model.parameters())
     assert model.state_dict().keys() == small().state_dict().keys()
     with torch.device("meta"):
-        frozen = small(student_frozen_levels=1)
-    fixed = {n for n, p in small(student_frozen_levels=1).named_parameters() if not p.requires_grad}
+        frozen = small(student={"frozen_levels": 1})
+    fixed = {n for n, p in small(student={"frozen_levels": 1}).named_parameters() if not p.requires_grad}
     assert fixed == {n for n, p in frozen.named_parameters() if not p.requires_grad}
     assert fixed
 
@@ -170,16 +175,15 @@ def test_the_meta_device_needs_no_weights():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"backbone": "unett"}, "unknown backbone 'unett': did you mean unet"),
+        ({"backbone": {"name": "unett"}}, "unknown backbone 'unett': did you mean unet"),
         ({"backbone": {"name": "unet", "widht": 8}}, "did you mean width"),
         ({"backbone": {"name": "unet", "blocks": [1]}}, "two or more levels"),
         ({"backbone": {"name": "unet", "width": "wide"}}, "unet"),
-        ({"backbone": {"width": 8}}, "backbone needs a name"),
-        ({"spe_points": ["botleneck"]}, "did you mean bottleneck"),
-        ({"spe_heads": 5}, "5 heads do not divide the 16 channels of embed point decoder2"),
-        ({"teacher": "resnt18"}, "did you mean resnet18"),
-        ({"student": "resnet18", "student_weights": "random", "residual_prior": True}, "leave residual out"),
-        ({"student_batch_norm": "froze"}, "did you mean frozen"),
+        ({"spe": {"points": ["botleneck"]}}, "did you mean bottleneck"),
+        ({"spe": {"heads": 5}}, "5 heads do not divide the 16 channels of embed point decoder2"),
+        ({"teacher": {"name": "resnt18"}}, "did you mean resnet18"),
+        ({"student": {"name": "light", "weights": "x.pth"}}, "light has no weights to read .*leave weights out"),
+        ({"student": {"name": "resnet18", **RANDOM, "residual": True}}, "leave residual out"),
     ],
 )
 def test_wrong_settings_are_one_line_with_the_way_out(changes, words):

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from model.deblurrer import build_deblurrer
 from model.encoder import EncoderSpec, build_encoder, level_channels
 from model.summary import summarize
+from tests.model.models import RANDOM, deblurrer
 
-TINY = {"backbone": {"name": "unet", "width": 8, "blocks": [1, 1, 1]}, "teacher_weights": "random", "fusion_width": 8}
+TINY = {"backbone": {"name": "unet", "width": 8, "blocks": [1, 1, 1]}, "teacher": RANDOM}
 LIGHT = EncoderSpec("light")
 
 
 def test_it_is_light():
     light, default = (
-        summarize(build_deblurrer(**TINY, student=name, student_weights="random"), (64, 64)).parts
+        summarize(deblurrer(**TINY, student={"name": name, "width": 8, **RANDOM}), (64, 64)).parts
         for name in ("light", "efficientnet_lite0")
     )
     assert light["student"][0] < 1_000_000 < 2_000_000 < default["student"][0]
@@ -23,7 +23,7 @@ def test_it_is_light():
 def test_its_first_weights_come_from_the_seed_alone():
     def weights(seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed + 50)  # which must not matter
-        model = build_deblurrer(**TINY, student="light", seed=seed)
+        model = deblurrer(**TINY, student={"name": "light", "width": 8}, seed=seed)
         return {k: v for k, v in model.prior.student.state_dict().items() if v.ndim > 1}
 
     one, again, other = weights(1), weights(1), weights(2)

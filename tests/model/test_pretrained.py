@@ -5,16 +5,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from model.deblurrer import build_deblurrer
 from model.pretrained import SafetensorsWriter, load_config, load_pretrained, load_state, save_pretrained
+from tests.model.models import RANDOM, deblurrer
 
 PLAIN = {"backbone": {"name": "unet", "width": 4, "blocks": [1, 1]}, "prior": False}
-WHOLE = {"backbone": {"name": "unet", "width": 8, "blocks": [1, 1, 1]}, "teacher_weights": "random", "fusion_width": 8}
+WHOLE = {"backbone": {"name": "unet", "width": 8, "blocks": [1, 1, 1]}, "teacher": RANDOM, "student": {"width": 8}}
 
 
 @pytest.mark.parametrize("options", [PLAIN, WHOLE])
 def test_a_saved_model_restores_to_the_bit(options, tmp_path):
-    model, other = build_deblurrer(**options, seed=1), build_deblurrer(**options, seed=2, read_weights=False)
+    model, other = deblurrer(**options, seed=1), deblurrer(**options, seed=2, read_weights=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -29,7 +29,7 @@ def test_a_saved_model_restores_to_the_bit(options, tmp_path):
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(tmp_path):
-    model = build_deblurrer(**PLAIN)
+    model = deblurrer(**PLAIN)
     state = model.state_dict()
     before = {k: v.clone() for k, v in state.items()}
     changed = {k: v + 1 for k, v in state.items() if k != "backbone.leave.weight"}
@@ -49,7 +49,7 @@ def test_absent_and_damaged_files_are_one_line_each(tmp_path):
     for read in (load_config, load_state):
         with pytest.raises(ValueError, match="is absent"):
             read(tmp_path)
-    save_pretrained(tmp_path, build_deblurrer(**PLAIN).state_dict(), {"a": 1})
+    save_pretrained(tmp_path, deblurrer(**PLAIN).state_dict(), {"a": 1})
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.yaml"
     weights.write_bytes(weights.read_bytes()[:-7])
     config.write_text("a: [1\n")
@@ -63,7 +63,7 @@ def test_absent_and_damaged_files_are_one_line_each(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_model(tmp_path):
-    model = build_deblurrer(**PLAIN)
+    model = deblurrer(**PLAIN)
     save_pretrained(tmp_path, model.state_dict(), {"version": 1})
     with pytest.raises(Exception, match="represent"):
         save_pretrained(tmp_path, model.state_dict(), {"version": object()})
@@ -114,8 +114,8 @@ def test_a_file_that_is_not_finished_leaves_nothing(tmp_path):
 
 
 def test_one_file_holds_its_configuration(tmp_path):
-    model = build_deblurrer(**PLAIN)
+    model = deblurrer(**PLAIN)
     save_pretrained(tmp_path / "new" / "a.safetensors", model.state_dict(), {"text": "ä", "list": [1]})
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.safetensors"]
     assert load_config(tmp_path / "new" / "a.safetensors") == {"text": "ä", "list": [1]}
-    load_pretrained(build_deblurrer(**PLAIN), tmp_path / "new" / "a.safetensors")
+    load_pretrained(deblurrer(**PLAIN), tmp_path / "new" / "a.safetensors")

@@ -2,10 +2,10 @@
 
 import torch
 
-from model.deblurrer import build_deblurrer
 from model.summary import summarize
+from tests.model.models import RANDOM, deblurrer
 
-OPTIONS = {"backbone": {"name": "unet", "width": 8, "blocks": [1, 1, 1]}, "teacher_weights": "random", "spe_dim": 16}
+OPTIONS = {"backbone": {"name": "unet", "width": 8, "blocks": [1, 1, 1]}, "teacher": RANDOM, "spe": {"dim": 16}}
 
 
 def test_a_convolution_counts_as_its_formula():
@@ -14,11 +14,11 @@ def test_a_convolution_counts_as_its_formula():
 
 
 def test_parts_add_up_and_the_meta_device_agrees():
-    model = build_deblurrer(**OPTIONS)
+    model = deblurrer(**OPTIONS)
     before = [p.clone() for p in model.parameters()]
     counts = summarize(model, (64, 64))
     with torch.device("meta"):
-        assert summarize(build_deblurrer(**OPTIONS), (64, 64)) == counts
+        assert summarize(deblurrer(**OPTIONS), (64, 64)) == counts
     assert counts.parameters == sum(p.numel() for p in model.parameters()) == counts.trainable
     assert [sum(column) for column in zip(*counts.parts.values(), strict=True)] == [counts.parameters, counts.macs]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -26,7 +26,7 @@ def test_parts_add_up_and_the_meta_device_agrees():
 
 
 def test_an_embedding_is_charged_for_its_products():
-    model = build_deblurrer(**OPTIONS, spe_points=["bottleneck"])
+    model = deblurrer(**OPTIONS | {"spe": {"dim": 16, "points": ["bottleneck"]}})
     channels, stride = model.backbone.embed_points["bottleneck"]
     pixels, D, G = (64 // stride) ** 2, 16, 4
     projections = sum(c * (D + G) * (64 // s) ** 2 for c, s in zip(model.prior.channels, (4, 8, 16, 32), strict=True))

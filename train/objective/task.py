@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from model.deblurrer import Deblurrer
-from model.teachers import Teachers
-from train.config.networks import build_teachers
+from model.teachers import Teachers, build_teachers
 from train.config.schema import Config
 from train.objective.cross_level import CrossLevelFeatureLoss
 from train.objective.restoration import RestorationLoss
@@ -31,7 +30,7 @@ class DeblurTask:
         self.features: CrossLevelFeatureLoss | None = None
         self.targets: TeacherFeatures | None = None
         if config.model.prior:
-            self.teacher = build_teachers(config).to(device)
+            self.teacher = build_teachers(config.model).to(device)
             classify = None
             if config.loss.logits:
                 self.teacher.check_classifiers()

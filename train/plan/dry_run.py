@@ -15,7 +15,7 @@ from data.stream.crops import check_crop_fits
 from data.stream.validation import validation_count
 from model.encoder import EncoderSpec, build_encoder
 from model.summary import summarize
-from train.config.networks import build_model, teacher_names
+from train.config.networks import build_model
 from train.config.schema import Config
 from train.config.sources import data_sources, open_sets, pair_loader
 from train.engine.launch import world_size
@@ -39,8 +39,7 @@ def dry_run(config: Config, ranks: int | None) -> None:
     for shards in sets:
         check_crop_fits(shards, config.data.crop)
     check_crop_fits(val_set, config.eval.crop)
-    if config.model.prior:
-        _read_weights(config)
+    _read_weights(config)
     with torch.device("meta"):
         network = build_model(config)
     size = (config.data.crop, config.data.crop)
@@ -52,10 +51,10 @@ def dry_run(config: Config, ranks: int | None) -> None:
 
 
 def _read_weights(config: Config) -> None:
-    """Build the teachers, and a student with weights of its own; ValueError where they are absent or do not fit."""
+    """Build losses, teachers, and a student with weights of its own; ValueError where something is absent or unfit."""
     DeblurTask(config, torch.device("cpu"))
     student = config.model.student
-    if student.name is not None:
+    if config.model.prior and student.name is not None:
         build_encoder(EncoderSpec(student.name, student.weights, config.model.levels))
 
 
@@ -66,7 +65,7 @@ def _print_model(console: Console, config: Config, counts) -> None:
     table.add_row("all", f"{counts.parameters / 1e6:.3f} M", f"{counts.macs / 1e9:.3f} G", style="bold")
     console.print(table)
     if config.model.prior:
-        console.print(f"teacher: {teacher_names(config)}, frozen, beside the engine")
+        console.print(f"teacher: {config.model.teacher_names}, frozen, beside the engine")
 
 
 def _print_memory(console: Console, config: Config, network, world: int, micro: int) -> None:

@@ -8,9 +8,9 @@ from rich.table import Table
 
 from data.feature_cache.spec import CacheSpec
 from data.shards.set import ShardSet
-from model.encoder import build_encoder
+from model.encoder import build_encoder, teacher_specs
 from model.summary import summarize
-from train.config.networks import build_model, teacher_specs
+from train.config.networks import build_model
 from train.config.schema import Config
 from train.config.sources import open_sets
 from train.plan.cost import (
@@ -38,7 +38,9 @@ def stages_of(config: Config, cluster: Cluster) -> list[Stage]:
     micro = config.micro_batch(cluster.world)
     with torch.device("meta"):
         network = build_model(config)
-        teachers = [build_encoder(spec, read=False) for spec in teacher_specs(config)] if config.model.prior else []
+        teachers = (
+            [build_encoder(spec, read=False) for spec in teacher_specs(config.model)] if config.model.prior else []
+        )
     crop = config.data.crop
     counted = [(summarize(each, (crop, crop)).macs, operators_of(each, crop)) for each in (network, *teachers)]
     (macs, operators), of_teachers = counted[0], counted[1:]
@@ -164,7 +166,7 @@ def _print_loader(console: Console, config: Config, cluster: Cluster, stage: Sta
 def cache_record_bytes(config: Config) -> int:
     """Bytes of a crop's record in the feature cache."""
     with torch.device("meta"):
-        encoders = [build_encoder(spec, read=False) for spec in teacher_specs(config)]
+        encoders = [build_encoder(spec, read=False) for spec in teacher_specs(config.model)]
     levels = tuple(
         (sum(each.channels[level] for each in encoders), *(2 * [-(-config.data.crop // stride)]))
         for level, stride in enumerate(encoders[0].strides)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from train.config.networks import teacher_names
 from train.config.schema import Config
 from train.engine.engine import Engine
 from train.engine.zero import trainable
@@ -22,7 +21,7 @@ def run_facts(
     return {
         **sources,
         "model": f"{config.model.backbone['name']} with "
-        + (f"the prior of {teacher_names(config)}" if config.model.prior else "no prior")
+        + (f"the prior of {config.model.teacher_names}" if config.model.prior else "no prior")
         + f", {trainable(engine.module):,} trained parameters",
         "steps": f"{config.train.steps} of {config.train.batch} pairs, {config.data.crop} px crops"
         + (f"; the first {config.train.distill_steps} distill" if config.train.distill_steps else ""),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.deblurrer import Deblurrer, build_deblurrer
+from model.deblurrer import Deblurrer
+from tests.model.models import RANDOM, deblurrer
 from train.config.schema import EngineSection
 from train.engine.network import blocks, recompute_blocks, refuse_compile, shape_network
 
@@ -15,9 +16,9 @@ CPU = torch.device("cpu")
 
 def network() -> Deblurrer:
     """A small deblurrer whose embedding and output are not at their identity."""
-    found = build_deblurrer(
-        backbone={"name": "unet", "width": 8, "blocks": [1, 1]}, levels=2, teacher_weights="random", fusion_width=8,
-        spe_dim=8,
+    found = deblurrer(
+        backbone={"name": "unet", "width": 8, "blocks": [1, 1]}, levels=2, teacher=RANDOM, student={"width": 8},
+        spe={"dim": 8},
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -128,8 +129,8 @@ def test_compile_without_a_compiler_is_refused(monkeypatch, tmp_path):
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 def test_a_compiled_network_computes_the_same_and_other_sizes_do_not_compile_forever():
     torch._dynamo.reset()
-    module = build_deblurrer(backbone={"name": "unet", "width": 4, "blocks": [1, 1]}, prior=False)
-    compiled = build_deblurrer(backbone={"name": "unet", "width": 4, "blocks": [1, 1]}, prior=False)
+    module = deblurrer(backbone={"name": "unet", "width": 4, "blocks": [1, 1]}, prior=False)
+    compiled = deblurrer(backbone={"name": "unet", "width": 4, "blocks": [1, 1]}, prior=False)
     with torch.no_grad():
         for net in (module, compiled):
             net.backbone.leave.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(0))

@@ -7,9 +7,9 @@ import skimage.data
 import torch
 import torch.nn.functional as F
 
-from model.deblurrer import build_deblurrer
 from model.statistics import FeatureStatistics
 from model.teacher import Teacher
+from tests.model.models import deblurrer
 from train.config.file import configure
 from train.config.schema import LossSection
 from train.objective.cross_level import CrossLevelFeatureLoss
@@ -187,7 +187,7 @@ def test_feature_losses_fall_and_similarity_rises_on_a_fixed_batch():
     sharp = torch.stack(crops).permute(0, 3, 1, 2).float() / 255
     blurry = F.avg_pool2d(F.pad(sharp, (7, 7, 0, 0), mode="replicate"), (1, 15), stride=1)
     teacher = Teacher()
-    model = build_deblurrer(backbone={"name": "unet", "width": 8, "blocks": [1, 1, 1]}, fusion_width=16)
+    model = deblurrer(backbone={"name": "unet", "width": 8, "blocks": [1, 1, 1]}, student={"width": 16})
     loss = CrossLevelFeatureLoss(teacher.channels, LossSection(logits=0.1), classify=teacher.logits)
     target = teacher(sharp)
     loss.calibrate([target])

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.deblurrer import build_deblurrer
 from model.teacher import Teacher
 from model.teachers import Teachers
+from tests.model.models import RANDOM, deblurrer
 from train.config.file import configure
 from train.config.schema import LossSection
 from train.objective.cross_level import CrossLevelFeatureLoss
@@ -107,13 +107,10 @@ def test_every_way_learns_a_fixed_batch(match):
     sharp = F.interpolate(noise(2, 3, 12, 12).sigmoid(), size=(64, 64), mode="bicubic").clamp(0, 1)
     blurry = F.avg_pool2d(F.pad(sharp, (7, 7, 0, 0), mode="replicate"), (1, 15), stride=1)
     teacher = Teachers([Teacher("test_resnet", weights="random")])
-    model = build_deblurrer(
+    model = deblurrer(
         backbone={"name": "unet", "width": 8, "blocks": [1, 1]},
-        teacher="test_resnet",
-        teacher_weights="random",
-        fusion_width=16,
-        fusion="same_level" if match == "same_level" else "cross_level",
-        residual_prior=False,
+        teacher={"name": "test_resnet", **RANDOM},
+        student={"width": 16, "fusion": "same_level" if match == "same_level" else "cross_level", "residual": False},
     )
     loss = CrossLevelFeatureLoss(teacher.channels, LossSection(match=match, context=0.0))
     target = teacher(sharp)
@@ -132,9 +129,9 @@ def test_every_way_learns_a_fixed_batch(match):
 
 
 def test_without_fusion_a_level_depends_on_its_own_alone():
-    options = {"backbone": {"name": "unet", "width": 8, "blocks": [1, 1]}, "teacher": "test_resnet"}
+    options = {"backbone": {"name": "unet", "width": 8, "blocks": [1, 1]}, "teacher": {"name": "test_resnet", **RANDOM}}
     for fusion, reached in (("same_level", False), ("cross_level", True)):
-        model = build_deblurrer(**options, teacher_weights="random", fusion=fusion, residual_prior=False)
+        model = deblurrer(**options, student={"fusion": fusion, "residual": False})
         model(noise(1, 3, 64, 64).sigmoid(), prior_only=True).prior[0].sum().backward()
         assert all((p.grad is not None) == reached for p in model.prior.project[-1].parameters())
         assert len(model.prior.fuse) == (3 if reached else 0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.deblurrer import build_deblurrer
+from tests.model.models import deblurrer
 from train.config.schema import Config
 from train.engine.settings import bucket_elements
 from train.plan.memory import activation_bytes, memory_per_rank
@@ -15,7 +15,7 @@ WORLD = 4
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     with torch.device("meta"):
-        return build_deblurrer(backbone={"name": "unet", "width": 8, "blocks": [1, 2]}, prior=False)
+        return deblurrer(backbone={"name": "unet", "width": 8, "blocks": [1, 2]}, prior=False)
 
 
 def sizes(network: nn.Module, **engine: object) -> tuple[int, dict[str, float]]:
@@ -92,7 +92,7 @@ def test_a_bucket_holds_no_more_than_there_are_gradients_and_what_the_user_says(
 
 def test_recomputed_blocks_keep_less_and_16_bit_parameters_need_no_copies():
     with torch.device("meta"):
-        network = build_deblurrer(backbone={"name": "unet", "width": 8, "blocks": [2, 2]}, levels=2)
+        network = deblurrer(backbone={"name": "unet", "width": 8, "blocks": [2, 2]}, levels=2)
 
     def kept(**engine: object) -> int:
         return activation_bytes(Config(engine=engine, data={"crop": 64}), network, 2)
