@@ -15,15 +15,9 @@ from PIL import Image
 
 from data.errors import DataError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 _ORIENTATION_TAG = 274
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name or a member's extension (jpg, sharp.png) says image."""
-    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
 def exif_orientation(data: bytes) -> int:

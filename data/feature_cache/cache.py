@@ -32,22 +32,18 @@ _PROBE_BATCH = 16
 class FeatureCache:
     """The folder of one spec below `root`, at most `limit_bytes` of segments.
 
-    When they are full, the oldest segments go ("oldest"), or what is there stays and writing ends ("stop"). A plan of
-    crops larger than the limit is better served by "stop": a crop returns once in a turn of the plan, and by then the
-    oldest have gone (a limit of half the plan: 17 % hits against 50 %).
+    When they are full, what is there stays and writing ends: a crop returns once in a turn of the plan, and by then the
+    oldest would have gone (a limit of half the plan: 17 % hits against 50 %).
 
     A folder that cannot be made or written is no error: `problem` says why, its writers warn once and write nothing.
     Raises DataError if the folder says it is of another spec, or the limit is below eight records.
     """
 
-    def __init__(self, root: str | Path, spec: CacheSpec, *, limit_bytes: int, when_full: str = "oldest") -> None:
+    def __init__(self, root: str | Path, spec: CacheSpec, *, limit_bytes: int) -> None:
         self.root, self.spec, self.limit_bytes = Path(root).expanduser().absolute(), spec, int(limit_bytes)
-        self.when_full = when_full
         self.folder = self.root / spec.fingerprint
         self.problem: str | None = None
         self._writers: weakref.WeakSet[FeatureWriter] = weakref.WeakSet()
-        if when_full not in ("oldest", "stop"):
-            raise DataError(f"feature cache: when_full {when_full!r}: choose oldest (they go) or stop (writing ends)")
         if self.limit_bytes < 8 * spec.record_bytes:
             raise DataError(
                 f"feature cache: a limit of {self.limit_bytes} bytes holds fewer than 8 records of {spec.record_bytes} "
@@ -108,7 +104,6 @@ class FeatureCache:
             self.spec.layout,
             name,
             self.limit_bytes,
-            evict=self.when_full == "oldest",
             problem=self.problem,
             prepare=self._prepare,
         )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import get_worker_info
 
 from data.feature_cache.codec import Levels, decode
 from data.feature_cache.lookup import SegmentReader
-from data.feature_cache.spec import CacheSpec, crop_key
+from data.feature_cache.spec import CacheSpec, crop_keys
 
 log = logging.getLogger("sharpprior.data")
 
@@ -33,7 +34,17 @@ class ReadStats:
     misses: int = 0
     corrupt: int = 0
     bytes: int = 0
-    seconds: float = 0.0
+
+
+class Found(NamedTuple):
+    """What a look-up found of a batch of B crops: L tensors fp16 [n, c, h, w] of n of them, in the batch's order; which
+    those are, bool [B]; what the look-up cost, and damaged records that it met."""
+
+    levels: list[Tensor]
+    hits: Tensor
+    seconds: float
+    bytes: int
+    corrupt: int
 
 
 class FeatureReader:
@@ -61,21 +72,13 @@ class FeatureReader:
         return [level[0] for level in levels] if hits[0] else None
 
     def attach(self, batch: dict) -> None:
-        """Add to a loader batch of B crops what is cached of it.
-
-        `features`: L tensors fp16 [n, c, h, w] of the n crops found, in the batch's order; `feature_hits`: bool [B];
-        `feature_read`: {"seconds", "bytes", "corrupt"} of this look-up.
-        """
-        keys = [
-            crop_key(image, tuple(box), flip)
-            for image, box, flip in zip(batch["image"], batch["box"].tolist(), batch["flip"].tolist(), strict=True)
-        ]
-        before = self.stats.seconds, self.stats.bytes, self.stats.corrupt
-        levels, hits = self._read_or_miss(keys)
-        after = self.stats.seconds, self.stats.bytes, self.stats.corrupt
-        change = [now - then for now, then in zip(after, before, strict=True)]
-        batch["features"], batch["feature_hits"] = levels, torch.tensor(hits)
-        batch["feature_read"] = dict(zip(("seconds", "bytes", "corrupt"), change, strict=True))
+        """Add to a loader batch of B crops what is cached of it: `features`, a `Found`."""
+        bytes_before, corrupt_before = self.stats.bytes, self.stats.corrupt
+        started = time.perf_counter()
+        levels, hits = self._read_or_miss(crop_keys(batch))
+        seconds = time.perf_counter() - started
+        read, corrupt = self.stats.bytes - bytes_before, self.stats.corrupt - corrupt_before
+        batch["features"] = Found(levels, torch.tensor(hits), seconds, read, corrupt)
 
     def _read_or_miss(self, keys: Sequence[bytes]) -> tuple[list[Tensor], list[bool]]:
         """`read_batch`, but misses where that fails: no shared memory or file descriptors left, say."""
@@ -91,7 +94,6 @@ class FeatureReader:
         """(L tensors fp16 [n, c, h, w] of the n keys found, in order; which keys those are)."""
         if self._process != os.getpid():
             self._reset()  # of a forked child: its parent's counts and files are the parent's
-        started = time.perf_counter()
         self._look_for_new(keys)
         known = [key in self.segments for key in keys]
         reading = time.perf_counter()
@@ -105,7 +107,6 @@ class FeatureReader:
         self.stats.misses += len(keys) - found
         self.stats.bytes += found * self._layout.record_bytes
         self.stats.corrupt = self.segments.corrupt
-        self.stats.seconds += time.perf_counter() - started
         return levels, hits
 
     def _look_for_new(self, keys: Sequence[bytes]) -> None:

@@ -192,38 +192,3 @@ def remove_segment(folder: Path, stem: str) -> None:
     for kind in ("idx", "new", "seg"):
         with contextlib.suppress(OSError):
             (folder / f"{stem}.{kind}").unlink()
-
-
-def make_room(folder: Path, limit_bytes: int, needed: int, own: str | None) -> int:
-    """Delete whole segments, oldest first, until `needed` more bytes fit; returns how many went.
-
-    Those that writers hold go only if the others are not enough; `own` never goes.
-    """
-    if sum(stems(folder).values()) + needed <= limit_bytes:
-        return 0
-    removed = 0
-    with _folder_lock(folder):
-        found = stems(folder)
-        excess = sum(found.values()) + needed - limit_bytes
-        others = [stem for stem in found if stem != own]
-        in_use = {stem: locked(folder, stem) for stem in others} if excess > 0 else {}
-        for stem in sorted(others, key=lambda stem: (in_use.get(stem, False), stem)):
-            if excess <= 0:
-                break
-            remove_segment(folder, stem)
-            excess -= found[stem]
-            removed += 1
-    return removed
-
-
-@contextlib.contextmanager
-def _folder_lock(folder: Path):
-    file = None
-    with contextlib.suppress(OSError):  # without a lock two writers may both delete: more than needed, no harm
-        file = os.open(folder / "eviction.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if file is not None:
-            os.close(file)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from data.errors import DataError
 from data.feature_cache.codec import DTYPES, Levels
@@ -19,6 +21,12 @@ def crop_key(image: str, box: tuple[int, int, int], flip: bool) -> bytes:
     """16 bytes that name a crop: content id of the image (`ShardSet.image_id`), box (top, left, size) px, mirrored."""
     place = struct.pack("<3q?", *(int(number) for number in box), bool(flip))
     return hashlib.blake2b(place + image.encode(), digest_size=KEY_BYTES).digest()
+
+
+def crop_keys(batch: Mapping[str, Any]) -> list[bytes]:
+    """The keys of a loader batch's crops, from its `image`, `box` and `flip`."""
+    crops = zip(batch["image"], batch["box"].tolist(), batch["flip"].tolist(), strict=True)
+    return [crop_key(image, tuple(box), flip) for image, box, flip in crops]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from data.errors import DataError
 from data.feature_cache.codec import Stored
 from data.feature_cache.lookup import SegmentReader
-from data.feature_cache.segments import ENTRY_BYTES, Layout, SegmentWriter, make_room, stems
+from data.feature_cache.segments import ENTRY_BYTES, Layout, SegmentWriter, stems
 
 log = logging.getLogger("sharpprior.data")
 _LARGEST_SEGMENT = 1 << 30
@@ -33,7 +33,6 @@ class WriteStats:
     dropped: int = 0
     unstorable: int = 0
     duplicates: int = 0
-    removed_segments: int = 0
 
 
 class FeatureWriter:
@@ -49,7 +48,6 @@ class FeatureWriter:
         name: str,
         limit_bytes: int,
         *,
-        evict: bool = True,
         problem: str | None = None,
         prepare: Callable[[], None] = lambda: None,
         queue_bytes: int = _QUEUE_BYTES,
@@ -57,8 +55,7 @@ class FeatureWriter:
         self.folder, self.name, self.stats = folder, name, WriteStats()
         self.stopped: str | None = None
         self._prepare = prepare  # makes the folder, which may have been deleted since
-        self._layout, self._limit, self._evict, self._queue_bytes = layout, limit_bytes, evict, queue_bytes
-        # Several to a cache, so that removing the oldest leaves most of it.
+        self._layout, self._limit, self._queue_bytes = layout, limit_bytes, queue_bytes
         self._segment_bytes = min(_LARGEST_SEGMENT, limit_bytes // 8)
         self._segment: SegmentWriter | None = None
         self._known = SegmentReader(folder, layout)
@@ -181,19 +178,16 @@ class FeatureWriter:
             count = max(1, (self._segment_bytes - self._segment.bytes) // size)
             some, keys = keys[:count], keys[count:]
             rows, payloads = payloads[:count], payloads[count:]
-            if not self._make_room(len(some) * size):
+            if not self._room_for(len(some) * size):
                 self.stats.dropped += len(some) + len(keys)
                 return
             self._segment.append(some, rows)
             self.stats.written += len(some)
             self.stats.bytes += len(some) * self._layout.record_bytes
-            self._make_room(0)  # once more: another writer may have taken the same room
+            self._room_for(0)  # once more: another writer may have taken the same room
 
-    def _make_room(self, needed: int) -> bool:
-        """Keep the limit; False where that ends the writing."""
-        if self._evict:
-            self.stats.removed_segments += make_room(self.folder, self._limit, needed, self._segment.stem)
-            return True
+    def _room_for(self, needed: int) -> bool:
+        """Whether so many more bytes stay within the limit; else the writing ends."""
         if sum(stems(self.folder).values()) + needed > self._limit:
             self._stop(f"{self.folder} has reached features.limit_gib, {self._limit / 2**30:.2f} GiB")
         return self.stopped is None

@@ -22,25 +22,17 @@ _GAP, _BAR = 8, 22
 
 
 def preview_pairs(
-    shards: ShardSet | str | Path,
-    blur: BlurConfig,
-    *,
-    count: int = 10,
-    crop: int = 256,
-    tiers: Sequence[str] | None = None,
-    seed: int = 0,
-    margin: int = 80,
+    shards: ShardSet, blur: BlurConfig, *, count: int, crop: int, margin: int, seed: int, tiers: Sequence[str] = TIERS
 ) -> list[dict]:
     """`count` pairs of a set for looking at: photographs drawn without repeats, tiers in turn (mildest first).
 
     Dicts with sharp, blurry uint8 [S, S, 3], kernel [k, k] or None, key, tier, generator, extent (px), input_psnr (dB).
     """
-    shards = shards if isinstance(shards, ShardSet) else ShardSet(shards)
     if count < 1:
         raise DataError(f"count {count}: ask for at least one pair")
     check_crop_fits(shards, crop)
-    plan, sources = CropPlan(crop, seed, boxes=0, margin=margin), Sources([shards])
-    tiers = (PAIRED,) if shards.kind == "pairs" else tuple(tiers or TIERS)
+    plan, sources = CropPlan(crop, seed, 0, margin), Sources([shards])
+    tiers = (PAIRED,) if shards.kind == "pairs" else tuple(tiers)
     order = derived_rng("preview", seed).permutation(len(shards))
     pairs = []
     for number in range(count):
@@ -49,12 +41,11 @@ def preview_pairs(
         turn, place = divmod(number, len(order))
         sample = int(order[place])
         sharp, blurry = sources.photograph(0, sample)
-        shard, row = shards.locate(sample)
-        key = shards.shards[shard].keys[row]
+        key = shards.key(sample)
         rng = sample_rng(seed, turn, f"preview:{key}", number)
         box = plan.at(key, *sharp.shape[:2], number)
-        blurry, sharp, kernel, meta = make_pair(sharp, blurry, box, rng, blur, tier=tier)
-        pairs.append({"sharp": sharp, "blurry": blurry, "kernel": kernel, "key": key, **meta})
+        pair = make_pair(sharp, blurry, box, rng, blur, tier=tier)
+        pairs.append({"sharp": pair.sharp, "blurry": pair.blurry, "kernel": pair.kernel, "key": key, **pair.meta})
     return pairs
 
 

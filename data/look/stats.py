@@ -1,6 +1,5 @@
 """What a set gives in training: severities, input PSNR per tier, sizes; drawn through the training stream."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from data.errors import DataError
 from data.files import write_atomically
 from data.image import encode_png
 from data.shards.set import ShardSet
+from data.stream.config import StreamConfig
 from data.stream.loader import PairLoader
 from data.stream.pairs import PAIRED
 
@@ -65,31 +65,12 @@ class SetStats:
         return result
 
 
-def set_stats(
-    shards: ShardSet | str | Path,
-    blur: BlurConfig,
-    *,
-    pairs: int = 512,
-    crop: int = 256,
-    seed: int = 0,
-    workers: int = 0,
-    margin: int = 80,
-) -> SetStats:
+def set_stats(shards: ShardSet, blur: BlurConfig, stream: StreamConfig, *, pairs: int, seed: int = 0) -> SetStats:
     """Draw `pairs` training pairs of a set and describe them; raises DataError as the stream does."""
-    shards = shards if isinstance(shards, ShardSet) else ShardSet(shards)
     if pairs < 1:
         raise DataError(f"pairs {pairs}: draw at least one")
     batch = min(pairs, 8)
-    loader = PairLoader(
-        shards,
-        blur,
-        crop=crop,
-        global_batch=batch,
-        batches=-(-pairs // batch),
-        seed=seed,
-        workers=workers,
-        margin=margin,
-    )
+    loader = PairLoader([shards], blur, stream, global_batch=batch, batches=-(-pairs // batch), seed=seed)
     drawn: dict[str, list] = {"tier": [], "generator": [], "extent": [], "input_psnr": []}
     for one in loader:
         for name, values in drawn.items():
@@ -141,8 +122,3 @@ def write_histogram(path: str | Path, stats: SetStats) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, encode_png(draw_histogram(stats)))
     return path
-
-
-def tier_shares(blur: BlurConfig, tiers: Sequence[str] = TIERS) -> dict[str, float]:
-    """The shares of the tiers that the config asks for."""
-    return {tier: getattr(blur.tiers, tier).share for tier in tiers}

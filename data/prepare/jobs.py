@@ -321,7 +321,7 @@ def _frames_folder(layout: str, root: Path, split: str | None, variant: str | No
     if variant is not None:
         raise DataError(f"variant {variant!r}: windows are made from sharp frames; leave it out")
     base = root
-    if layout in LAYOUTS and layout not in ("folder", "pairs"):
+    if layout in LAYOUTS and LAYOUTS[layout].counts:
         splits = LAYOUTS[layout].splits
         chosen = split or splits[0]
         if chosen not in splits:

@@ -8,11 +8,11 @@ et al., ECCV 2022); re-packs as MPRNet, Restormer, NAFNet and MIMO-UNet distribu
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import DataError
-from data.image import IMAGE_SUFFIXES
+from data.formats import IMAGE_SUFFIXES
 from data.shards.tar import MAX_KEY
 
 _KEY_ROOM = MAX_KEY - 16  # tile numbers and a prefix follow
@@ -34,13 +34,19 @@ class PairFiles:
 
 @dataclass(frozen=True)
 class Layout:
-    """A dataset as released: how to list it, its splits and blur variants (first is the default), counts, licence."""
+    """A dataset as released. list_pairs(root, split, variant); help: what it is, for the command line.
+
+    splits, variants: names, the first the default; counts: pairs of a split, of every variant that is not in `parts`;
+    none where it was never released as a whole.
+    """
 
     list_pairs: Callable[[Path, str, str], list[PairFiles]]
-    splits: tuple[str, ...]
-    variants: tuple[str, ...]
-    counts: dict[str, int]
-    licence: str
+    help: str
+    splits: tuple[str, ...] = ("train", "val", "test")
+    variants: tuple[str, ...] = ("",)
+    counts: dict[str, int] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+    licence: str = "the user's"
 
 
 def key_of(path: Path | str) -> str:
@@ -226,32 +232,51 @@ def _photographs(root: Path, split: str, variant: str) -> list[PairFiles]:
 
 
 LAYOUTS = {
-    "gopro": Layout(_gopro, ("train", "test"), ("blur", "blur_gamma"), {"train": 2103, "test": 1111}, "CC BY 4.0"),
+    "gopro": Layout(
+        _gopro,
+        "GOPRO_Large",
+        ("train", "test"),
+        ("blur", "blur_gamma"),
+        {"train": 2103, "test": 1111},
+        licence="CC BY 4.0",
+    ),
     "hide": Layout(
         _hide,
+        "HIDE",
         ("train", "test"),
         ("all", "close-ups", "long-shot"),
         {"train": 6397, "test": 2025},
-        "research only, see HIDE",
+        parts=("close-ups", "long-shot"),
+        licence="research only, see HIDE",
     ),
-    "realblur-j": Layout(_realblur("J"), ("train", "test"), ("blur",), {"train": 3758, "test": 980}, "see RealBlur"),
-    "realblur-r": Layout(_realblur("R"), ("train", "test"), ("blur",), {"train": 3758, "test": 980}, "see RealBlur"),
+    **{
+        f"realblur-{camera.lower()}": Layout(
+            _realblur(camera),
+            f"RealBlur-{camera}",
+            ("train", "test"),
+            ("blur",),
+            {"train": 3758, "test": 980},
+            licence="see RealBlur",
+        )
+        for camera in "JR"
+    },
     "reds": Layout(
         _reds,
+        "REDS",
         ("train", "val", "val300"),
         ("blur", "blur_comp", "blur_jpeg"),
         {"train": 24000, "val": 3000, "val300": 300},
-        "CC BY 4.0",
+        licence="CC BY 4.0",
     ),
     "rsblur": Layout(
         _rsblur,
-        ("train", "val", "test"),
-        ("real_blur", "avg65_img", "oracle_avg65_img"),
-        {"train": 8878, "val": 1120, "test": 3360},
-        "see RSBlur",
+        "RSBlur",
+        variants=("real_blur", "avg65_img", "oracle_avg65_img"),
+        counts={"train": 8878, "val": 1120, "test": 3360},
+        licence="see RSBlur",
     ),
-    "pairs": Layout(_pairs, ("train", "val", "test"), ("",), {}, "the user's"),
-    "folder": Layout(_photographs, ("train", "val", "test"), ("",), {}, "the user's"),
+    "pairs": Layout(_pairs, "folders of blurry and of sharp pictures"),
+    "folder": Layout(_photographs, "sharp photographs, in folders of any depth"),
 }
 
 
@@ -274,7 +299,7 @@ def list_dataset(
     pairs = known.list_pairs(root, split, variant)
     if not pairs:
         raise DataError(f"{root}: no images of {layout} {split} found; check the folder")
-    expected = known.counts.get(split) if variant in (known.variants[0], *_SAME_COUNT) else None
+    expected = known.counts.get(split) if variant not in known.parts else None
     if expected is not None and len(pairs) != expected and not partial:
         raise DataError(
             f"{root}: {len(pairs)} pairs of {layout} {split} where {expected} were released; unpack it again, "
@@ -286,6 +311,3 @@ def list_dataset(
             raise DataError(f"{pair.files[-1]}: has the same key as {seen[pair.key]}; rename one of them")
         seen[pair.key] = pair.files[-1]
     return pairs
-
-
-_SAME_COUNT = ("blur_gamma", "blur_comp", "blur_jpeg", "avg65_img", "oracle_avg65_img")

@@ -129,10 +129,8 @@ def window_samples(source: Path, recipe: Recipe, root: Path, result: JobResult) 
                 return
             for number, (top, left, rows, columns) in enumerate(tile_boxes(height, width, recipe.tile)):
                 area = slice(top, top + rows), slice(left, left + columns)
-                facts = {
-                    "source": name, "first_frame": window.first, "level": window.level, "subframes": window.subframes,
-                    "extent_px": round(window.extent, 2), "box": [top, left, rows, columns],
-                }  # fmt: skip
+                facts = {"source": name, "box": [top, left, rows, columns], "extent_px": round(window.extent, 2)}
+                facts |= {"first_frame": window.first, "level": window.level, "subframes": window.subframes}
                 members = {f"{role}.png": encode_png(getattr(window, role)[area]) for role in ("sharp", "blurry")}
                 members["json"] = json.dumps(facts, sort_keys=True).encode()
                 yield f"{key}_{window.level:02d}_{window.first:06d}_{number:02d}", members

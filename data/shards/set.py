@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import DataError
-from data.image import is_image
+from data.formats import is_image
 from data.shards.tar import INDEX
 
 FORMAT, VERSION = "sharpprior-shards", 1
@@ -115,6 +115,11 @@ class ShardSet:
         """(shard number, row in it) of sample `number`."""
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         return shard, int(number - self.starts[shard])
+
+    def key(self, number: int) -> str:
+        """Key of sample `number`."""
+        shard, row = self.locate(number)
+        return self.shards[shard].keys[row]
 
     def name(self, number: int) -> str:
         """`<shard>: sample <key>`, the way errors and reports name a sample."""

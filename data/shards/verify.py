@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data.errors import DataError
-from data.image import decode_image, image_size, is_image
+from data.formats import is_image
+from data.image import decode_image, image_size
 from data.shards.set import ShardSet
 from data.shards.tar import INDEX, KEY, read_tar
 from data.shards.write import write_index

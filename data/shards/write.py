@@ -9,7 +9,8 @@ from pathlib import Path
 
 from data.errors import DataError
 from data.files import replacing, write_atomically
-from data.image import image_size, is_image
+from data.formats import is_image
+from data.image import image_size
 from data.shards.set import FORMAT, VERSION
 from data.shards.tar import _BLOCK, INDEX, KEY, MAX_KEY
 

@@ -33,14 +33,8 @@ class CropPlan:
 
     size: int
     seed: int
-    boxes: int = 16
-    margin: int = 80
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.boxes < 0 or self.margin < 0:
-            raise DataError(
-                f"crop {self.size} px, {self.boxes} boxes, margin {self.margin} px: must not be negative (crop ≥ 1)"
-            )
+    boxes: int
+    margin: int
 
     def at(self, key: str, height: int, width: int, number: int) -> Crop:
         """Box `number` of the photograph `key` of height × width px; DataError where the photograph is smaller."""

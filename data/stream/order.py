@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.errors import DataError
+from data.stream.config import StreamConfig
 
 _BLOCK = 1024  # positions over which the sources' shares are exact
 
@@ -41,9 +42,8 @@ class _GroupOrder:
     """The order of one group's part of one source; `at(i)` is its i-th sample, epochs following each other."""
 
     def __init__(self, segments: Sequence[tuple[int, int]], window: int, name: tuple[int | str, ...]) -> None:
-        self.segments = np.array(segments, np.int64).reshape(
-            -1, 2
-        )  # [n, 2]: first sample, count; each inside one shard
+        # [n, 2]: first sample, count; each inside one shard
+        self.segments = np.array(segments, np.int64).reshape(-1, 2)
         self.window, self.name = window, name
         self.length = int(self.segments[:, 1].sum())
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
@@ -118,41 +118,33 @@ class Plan:
     """Which sample stands at which position, for one or several sources.
 
     `shard_sizes[s]` lists the samples in each shard of source s. `weights` are the sources' shares of all positions
-    (exact over blocks of 1024 per group); an epoch is one pass over a group's part of one source. `crops_per_decode`
-    puts c positions in a row of a group on one photograph, so that one decode serves them. Raises DataError.
+    (exact over blocks of 1024 per group), None: equal; an epoch is one pass over a group's part of one source.
+    `stream.crops_per_decode` puts c positions in a row of a group on one photograph, so that one decode serves them.
+    Raises DataError.
     """
 
     def __init__(
         self,
         shard_sizes: Sequence[Sequence[int]],
         seed: int,
-        *,
+        stream: StreamConfig,
         weights: Sequence[float] | None = None,
-        window: int = 8,
-        canonical_groups: int = 1,
-        crops_per_decode: int = 1,
     ) -> None:
-        for name, value in (
-            ("window", window),
-            ("canonical_groups", canonical_groups),
-            ("crops_per_decode", crops_per_decode),
-        ):
-            if value < 1:
-                raise DataError(f"{name} {value}: must be 1 or more")
+        groups = stream.canonical_groups
         weights = [1.0] * len(shard_sizes) if weights is None else list(weights)
         if len(weights) != len(shard_sizes) or any(not w > 0 or not np.isfinite(w) for w in weights):
             raise DataError(f"weights {weights}: give one positive number for each of the {len(shard_sizes)} sources")
         for source, sizes in enumerate(shard_sizes):
-            if sum(sizes) < canonical_groups:
+            if sum(sizes) < groups:
                 raise DataError(
-                    f"source {source}: {sum(sizes)} samples cannot fill canonical_groups {canonical_groups}; lower it"
+                    f"source {source}: {sum(sizes)} samples cannot fill canonical_groups {groups}; lower it"
                 )
-        self.seed, self.canonical_groups, self.crops_per_decode = seed, canonical_groups, crops_per_decode
+        self.seed, self.canonical_groups, self.crops_per_decode = seed, groups, stream.crops_per_decode
         self.sizes = [int(sum(sizes)) for sizes in shard_sizes]
         self._orders = [
             [
-                _GroupOrder(part, window, (seed, source, group))
-                for group, part in enumerate(_split_into_groups(sizes, canonical_groups, (seed, source)))
+                _GroupOrder(part, stream.window, (seed, source, group))
+                for group, part in enumerate(_split_into_groups(sizes, groups, (seed, source)))
             ]
             for source, sizes in enumerate(shard_sizes)
         ]
@@ -200,10 +192,6 @@ class Plan:
         own = [int(sample) for sample in own[: attempts + 1] if sample != slot.sample][:attempts]
         others = rng.integers(self.sizes[slot.source], size=attempts if self.canonical_groups > 1 else 0)
         return own + [int(sample) for sample in others if sample != slot.sample]
-
-    def group_samples(self, source: int, group: int) -> np.ndarray:
-        """The samples of `source` that canonical group `group` owns, for ever."""
-        return self._orders[source][group].samples()
 
 
 def _quotas(weights: Sequence[float]) -> np.ndarray:
@@ -253,14 +241,6 @@ class Share:
     def micro_batch(self) -> int:
         """Samples in one micro-batch of one rank."""
         return self.global_batch // (self.world * self.accumulation)
-
-    def groups(self) -> range:
-        """The canonical groups this rank reads."""
-        groups, world = self.canonical_groups, self.world
-        if groups >= world:
-            return range(self.rank * groups // world, (self.rank + 1) * groups // world)
-        owner = self.rank * groups // world
-        return range(owner, owner + 1)
 
     def positions(self, start: int, batch: int, micro: int) -> list[int]:
         """Positions of micro-batch `micro` of global batch `batch` counted from position `start`."""

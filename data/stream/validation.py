@@ -1,7 +1,6 @@
 """The fixed validation list: the same pairs on every machine, for any number of ranks."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
@@ -13,26 +12,27 @@ from data.stream.pairs import PAIRED, Sources, make_pair
 
 
 def validation_pairs(
-    shards: ShardSet | str | Path,
+    shards: ShardSet,
     blur: BlurConfig,
     *,
     crop: int,
+    margin: int,
+    seed: int,
     tiers: Sequence[str] = TIERS,
     crops: int = 1,
-    seed: int = 0,
     rank: int = 0,
     world: int = 1,
-    margin: int = 80,
 ) -> Iterator[dict]:
     """The fixed validation list: every sample × crop × tier in index order; rank r takes r::world.
+
+    crop and margin: side of the crops and their distance from the photographs' edges, px; crops: a photograph and tier.
 
     Yields dicts: blurry, sharp uint8 [3, S, S] tensors, kernel float32 [k, k] or None, key, tier, extent (px),
     input_psnr (dB), generator, box, flip, number (place in the list). A set of recorded pairs has one tier, "paired".
     Equal arguments give equal pairs on any machine and for any `world`. Raises DataError.
     """
-    shards = shards if isinstance(shards, ShardSet) else ShardSet(shards)
     check_crop_fits(shards, crop)
-    plan = CropPlan(crop, seed, boxes=crops, margin=margin)
+    plan = CropPlan(crop, seed, crops, margin)
     sources = Sources([shards])
     tiers = (PAIRED,) if shards.kind == "pairs" else tuple(tiers)
     held: tuple[int, tuple] | None = None
@@ -42,24 +42,23 @@ def validation_pairs(
         if held is None or held[0] != sample:
             held = sample, sources.photograph(0, sample)
         sharp, blurry = held[1]
-        shard, row = shards.locate(sample)
-        key = shards.shards[shard].keys[row]
+        key = shards.key(sample)
         box = plan.at(key, *sharp.shape[:2], which)
         # One stream a tier: leaving a tier out of the list changes no pair of the others.
         rng = sample_rng(seed, 0, f"validation:{key}:{tiers[tier]}", which)
         try:
-            blurry, sharp, kernel, meta = make_pair(sharp, blurry, box, rng, blur, tier=tiers[tier])
+            pair = make_pair(sharp, blurry, box, rng, blur, tier=tiers[tier])
         except ValueError as error:
             raise DataError(f"{shards.name(sample)}: {error}") from None
         yield {
-            "blurry": torch.from_numpy(blurry.transpose(2, 0, 1).copy()),
-            "sharp": torch.from_numpy(sharp.transpose(2, 0, 1).copy()),
-            "kernel": kernel,
+            "blurry": torch.from_numpy(pair.blurry.transpose(2, 0, 1).copy()),
+            "sharp": torch.from_numpy(pair.sharp.transpose(2, 0, 1).copy()),
+            "kernel": pair.kernel,
             "key": key,
             "box": box.box,
             "flip": box.flip,
             "number": number,
-            **{name: meta[name] for name in ("tier", "extent", "input_psnr", "generator")},
+            **{name: pair.meta[name] for name in ("tier", "extent", "input_psnr", "generator")},
         }
 
 

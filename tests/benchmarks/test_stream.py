@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from data.blur import BlurConfig
 from data.shards.set import ShardSet
 from data.shards.write import ShardWriter
+from data.stream.config import StreamConfig
 from data.stream.loader import PairLoader
 from data.stream.order import Plan
 from data.stream.pairs import Sources
@@ -59,7 +60,7 @@ def stored(tmp_path_factory):
 
 def ours(root: Path) -> int:
     shards = ShardSet(root / "set")
-    sources, plan = Sources([shards]), Plan([[len(shard) for shard in shards.shards]], seed=0)
+    sources, plan = Sources([shards]), Plan([[len(shard) for shard in shards.shards]], 0, StreamConfig())
     return sum(sources.photograph(0, plan.slot(p).sample)[0].shape[0] > 0 for p in range(PHOTOGRAPHS))
 
 
@@ -100,7 +101,7 @@ def test_bytes_per_second_without_decoding(benchmark, stored, capsys):
 
     def planned(root: Path) -> int:
         shards = ShardSet(root / "set")
-        plan = Plan([[len(shard) for shard in shards.shards]], seed=0)
+        plan = Plan([[len(shard) for shard in shards.shards]], 0, StreamConfig())
         return sum(bool(shards.read(plan.slot(p).sample, "jpg")) for p in range(PHOTOGRAPHS))
 
     def plain(root: Path) -> int:
@@ -123,9 +124,8 @@ def test_bytes_per_second_without_decoding(benchmark, stored, capsys):
 @pytest.mark.parametrize("crops_per_decode", [1, 4])
 def test_pairs_per_second_of_the_default_mix(benchmark, capsys, crops_per_decode):
     def stream() -> float:
-        loader = PairLoader(
-            SAMPLES / "train", BlurConfig(), crop=256, global_batch=8, batches=8, crops_per_decode=crops_per_decode
-        )
+        stream = StreamConfig(crop=256, crops_per_decode=crops_per_decode, workers=0)
+        loader = PairLoader([ShardSet(SAMPLES / "train")], BlurConfig(), stream, global_batch=8, batches=8)
         for _ in loader:
             pass
         return loader.pairs / loader.wait_s

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from data.image import decode_image
-from data.samples.make_samples import LICENCES, PHOTOGRAPHS, TILE, attribution, sharpness
 from data.shards.set import ShardSet
 from data.shards.verify import verify
+from tests.studies.make_samples import LICENCES, PHOTOGRAPHS, TILE, attribution, sharpness
 
 ROOT = Path(__file__).parents[2] / "data" / "samples"
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import fsspec
 
-from data.files import write_text
+from data.files import write_atomically
 from train.checkpoint.folder import Checkpoints
 from train.checkpoint.manifest import MANIFEST, STEP, damage, manifest_of
 from train.config.schema import Config
@@ -143,7 +143,7 @@ class FarFolder:
                 return
             if not final.is_dir():
                 checkpoints.adopt(_arriving(final))
-            write_text(checkpoints.folder / BEST, f"{name}\n")
+            write_atomically(checkpoints.folder / BEST, f"{name}\n")
         except FileNotFoundError:
             return
         except Exception as error:  # every file system has its own errors

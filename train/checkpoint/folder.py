@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from data.files import write_text
-from train.checkpoint.manifest import STEP, CheckpointError, RunState, damage, entries_of, read_state, seal, sync
+from data.files import sync, write_atomically
+from train.checkpoint.manifest import STEP, CheckpointError, RunState, damage, entries_of, read_state, seal
 from train.checkpoint.model import write_model
 from train.checkpoint.state import read_state_into, write_state
 from train.config.schema import Config
@@ -120,7 +120,7 @@ class Checkpoints:
         with engine.agreed(), _writing(unfinished):
             if engine.main:
                 torch.save(loss_state, unfinished / "loss.pt")
-                write_text(unfinished / "run.json", json.dumps(asdict(state), indent=1) + "\n")
+                write_atomically(unfinished / "run.json", json.dumps(asdict(state), indent=1) + "\n")
                 seal(unfinished, known)
                 self.adopt(unfinished)  # in place of one of the same step, after a resume from an older one
                 self._point()
@@ -154,7 +154,7 @@ class Checkpoints:
             if step is None:
                 (self.folder / name).unlink(missing_ok=True)
             elif self._pointed(name) != self.path(step):
-                write_text(self.folder / name, self.path(step).name + "\n")
+                write_atomically(self.folder / name, self.path(step).name + "\n")
 
     def _pointed(self, name: str) -> Path | None:
         pointer = self.folder / name

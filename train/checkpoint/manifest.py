@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.files import write_text
+from data.files import sync, write_atomically
 
 STEP = re.compile(r"^step-(\d+)$")
 MANIFEST = "manifest.json"
@@ -92,7 +91,7 @@ def seal(folder: Path, known: dict[str, dict] | None = None) -> None:
             f"{folder}: {missing[0]} of another rank is not there: run.root must be a folder that all nodes share"
         )
     fresh = entries_of(folder, [file for name, file in names.items() if name not in known])
-    write_text(folder / MANIFEST, json.dumps({name: (known | fresh)[name] for name in names}, indent=1) + "\n")
+    write_atomically(folder / MANIFEST, json.dumps({name: (known | fresh)[name] for name in names}, indent=1) + "\n")
     for directory in {file.parent for file in files} | {folder}:
         sync(directory)
 
@@ -100,11 +99,3 @@ def seal(folder: Path, known: dict[str, dict] | None = None) -> None:
 def digest(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

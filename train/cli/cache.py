@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
+
+from train.cli.console import progress, say
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and delete cached teacher features.")
 Root = Annotated[Path | None, typer.Argument(help="features.folder of the run; default: where runs put it.")]
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _root(given: Path | None) -> Path:
@@ -30,13 +26,13 @@ def stats(root: Root = None) -> None:
     """Every folder of the cache: teacher, form, records, size, writers at work."""
     from data.feature_cache.folders import survey
 
-    console, root = Console(), _root(root)
+    root = _root(root)
     folders = survey(root)
     for folder in folders:
         for line in folder.lines():
-            _say(console, line)
+            say(line)
     total = sum(folder.bytes for folder in folders)
-    _say(console, f"{root}: {len(folders)} folder{'' if len(folders) == 1 else 's'}, {total / 2**20:.1f} MiB")
+    say(f"{root}: {len(folders)} folder{'' if len(folders) == 1 else 's'}, {total / 2**20:.1f} MiB")
 
 
 @app.command()
@@ -44,16 +40,15 @@ def verify(root: Root = None) -> None:
     """Read every record and check it; status 1 where something is damaged (a run skips it by itself)."""
     from data.feature_cache.folders import verify as verified
 
-    console, root = Console(), _root(root)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        row = bar.add_task("verifying", total=None)
-        folders = verified(root, lambda done, total: bar.update(row, completed=done, total=total))
+    root = _root(root)
+    with progress("verifying") as moved:
+        folders = verified(root, moved)
     problems = [problem for folder in folders for problem in folder.damaged]
     for problem in problems:
-        _say(console, problem)
+        say(problem)
     if problems:
         raise ValueError(f"{root}: {len(problems)} problem{'' if len(problems) == 1 else 's'}")
-    _say(console, f"{root}: {sum(folder.records for folder in folders)} records, sound")
+    say(f"{root}: {sum(folder.records for folder in folders)} records, sound")
 
 
 @app.command()
@@ -67,4 +62,4 @@ def clear(
 
     root = _root(root)
     gone, freed = cleared(root, only, force=force)
-    _say(Console(), f"{root}: {len(gone)} folder{'' if len(gone) == 1 else 's'} deleted, {freed / 2**20:.1f} MiB")
+    say(f"{root}: {len(gone)} folder{'' if len(gone) == 1 else 's'} deleted, {freed / 2**20:.1f} MiB")

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
+
+from data.prepare.layouts import LAYOUTS
+from train.cli.console import progress, say
 
 app = typer.Typer()
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
 BlurSource = Annotated[Path | None, typer.Option("--config", help="Take the blur from this configuration.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of it.")]
+_KINDS = "; ".join(f"{name}: {layout.help}" for name, layout in LAYOUTS.items())
 Shards = Annotated[str | None, typer.Argument(help="Shard set, folder or URL; default: what a run would train on.")]
 
 
@@ -30,10 +32,6 @@ def _open(shards: str | None, settings):
     return open_set(shards or data_sources(settings)[0][0].path, settings)
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 def _levels(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -45,9 +43,7 @@ def _levels(text: str | None) -> tuple[int, ...] | None:
 
 @app.command()
 def prepare(
-    layout: Annotated[
-        str, typer.Argument(help="gopro, hide, realblur-j, realblur-r, reds, rsblur, folder, pairs or video.")
-    ],
+    layout: Annotated[str, typer.Argument(help=f"{_KINDS}; or video.")],
     root: Annotated[Path, typer.Argument(help="The data set's folder as released, a folder of pictures, or a video.")],
     out: Annotated[Path, typer.Argument(help="Folder of the shard set to write.")],
     split: Annotated[str | None, typer.Option(help="train, test, val …; default: the layout's first.")] = None,
@@ -81,16 +77,9 @@ def prepare(
 
     chosen = _levels(levels)
     frames = chosen is not None or layout == "video"
-    ignored = (
-        {"--sharp-only": sharp_only, "--png": png, "--partial": partial}
-        if frames
-        else {
-            "--stride": stride,
-            "--max-flow": max_flow != 1.5,
-            "--flow": flow != "interpolate",
-            "--curve": curve != "srgb",
-        }
-    )
+    of_pictures = {"--sharp-only": sharp_only, "--png": png, "--partial": partial}
+    of_windows = {"--stride": stride, "--max-flow": max_flow != 1.5, "--flow": flow != "interpolate"}
+    ignored = of_pictures if frames else of_windows | {"--curve": curve != "srgb"}
     for name, given in ignored.items():
         if given:
             raise ValueError(
@@ -100,25 +89,19 @@ def prepare(
     if frames:
         numbers = {"levels": chosen} if chosen is not None else {}
         windows = Windows(**numbers, stride=stride, max_flow=max_flow, flow=flow, curve=curve)
-    recipe = Recipe(
-        tile=tile, png=png, quality=quality, min_size=min_size, sharp_only=sharp_only, windows=windows,
-        shard_bytes=shard_mib << 20,
-    )  # fmt: skip
-    console = Console()
-    with Progress(console=console) as bar:
-        row = bar.add_task(layout, total=None)
-        done = prepare_dataset(
-            layout, root, out, recipe, split=split, variant=variant, partial=partial, overwrite=overwrite,
-            workers=workers or len(os.sched_getaffinity(0)), max_bad_fraction=max_bad_fraction,
-            progress=lambda finished, total: bar.update(row, completed=finished, total=total),
-        )  # fmt: skip
+    pictures = {"tile": tile, "png": png, "quality": quality, "min_size": min_size, "sharp_only": sharp_only}
+    recipe = Recipe(**pictures, windows=windows, shard_bytes=shard_mib << 20)
+    asked = {"split": split, "variant": variant, "partial": partial, "overwrite": overwrite}
+    limits = {"workers": workers or len(os.sched_getaffinity(0)), "max_bad_fraction": max_bad_fraction}
+    with progress(layout, transient=False) as moved:
+        done = prepare_dataset(layout, root, out, recipe, **asked, **limits, progress=moved)
     for name, items in (("too small", done.small), ("refused", done.refused), ("unreadable", done.bad)):
         for item in items[:10]:
-            _say(console, f"{name}: {item}")
+            say(f"{name}: {item}")
         if len(items) > 10:
-            _say(console, f"{name}: {len(items) - 10} more")
+            say(f"{name}: {len(items) - 10} more")
     taken = f" ({done.reused_jobs} jobs taken over from an earlier run)" if done.reused_jobs else ""
-    _say(console, f"{done.samples} samples in {done.shards} shards, {done.bytes / 2**20:.1f} MiB: {done.root}{taken}")
+    say(f"{done.samples} samples in {done.shards} shards, {done.bytes / 2**20:.1f} MiB: {done.root}{taken}")
 
 
 @app.command()
@@ -130,21 +113,14 @@ def verify(
     from data.shards.verify import verify as problems_of
     from train.config.file import configure
 
-    console = Console()
-    with Progress(console=console, transient=True) as bar:
-        row = bar.add_task("verifying", total=None)
-        cache = _open(shards, configure([])).cache if "://" in shards else None
-        problems = problems_of(
-            shards,
-            decode=decode,
-            cache=cache,
-            progress=lambda done, total: bar.update(row, completed=done, total=total),
-        )
+    cache = _open(shards, configure([])).cache if "://" in shards else None
+    with progress("verifying") as moved:
+        problems = problems_of(shards, decode=decode, cache=cache, progress=moved)
     for problem in problems:
-        _say(console, problem)
+        say(problem)
     if problems:
         raise ValueError(f"{shards}: {len(problems)} problem{'s' if len(problems) > 1 else ''}")
-    _say(console, f"{shards}: sound")
+    say(f"{shards}: sound")
 
 
 @app.command()
@@ -155,7 +131,7 @@ def index(
     """Write the index of shards that another program made."""
     from data.shards.verify import index_folder
 
-    _say(Console(), str(index_folder(shards, overwrite=overwrite)))
+    say(str(index_folder(shards, overwrite=overwrite)))
 
 
 @app.command()
@@ -176,15 +152,13 @@ def stats(
     if out is not None and out.exists() and not overwrite:
         raise ValueError(f"{out}: exists: choose another name, or --overwrite")
     settings = _settings(config, set_)
-    found = set_stats(
-        _open(shards, settings), settings.blur, pairs=pairs, crop=crop or settings.data.crop,
-        seed=settings.run.seed if seed is None else seed, workers=workers, margin=settings.data.margin,
-    )  # fmt: skip
-    console = Console()
+    stream = settings.data.model_copy(update={"workers": workers, "crop": crop or settings.data.crop})
+    seed = settings.run.seed if seed is None else seed
+    found = set_stats(_open(shards, settings), settings.blur, stream, pairs=pairs, seed=seed)
     for line in found.lines():
-        _say(console, line)
+        say(line)
     if out is not None:
-        _say(console, str(write_histogram(out, found)))
+        say(str(write_histogram(out, found)))
 
 
 @app.command()
@@ -208,9 +182,8 @@ def preview(
         raise ValueError(f"{out}: exists: choose another name, or --overwrite")
     settings = _settings(config, set_)
     tiers = [tier for tier in TIERS if getattr(settings.blur.tiers, tier).share > 0]
-    pairs = preview_pairs(
-        _open(shards, settings), settings.blur, count=count, crop=crop or settings.data.crop, tiers=tiers,
-        seed=settings.run.seed if seed is None else seed, margin=settings.data.margin,
-    )  # fmt: skip
+    shown = {"crop": crop or settings.data.crop, "margin": settings.data.margin, "tiers": tiers, "count": count}
+    seed = settings.run.seed if seed is None else seed
+    pairs = preview_pairs(_open(shards, settings), settings.blur, seed=seed, **shown)
     (write_html_page if out.suffix.lower() == ".html" else write_contact_sheet)(out, pairs)
-    _say(Console(), f"{len(pairs)} pairs: {out}")
+    say(f"{len(pairs)} pairs: {out}")

@@ -110,14 +110,13 @@ def pair_loader(
     attach looks up what a batch needs beside its pairs, in the workers. blur.device cuda renders the blur on `device`
     (which must be a GPU, ValueError otherwise).
     """
-    data = config.data
     on_gpu = config.blur.device == "cuda" and device is not None
     if on_gpu and device.type != "cuda":
         raise ValueError("blur.device: cuda was asked for, but this run has no GPU: set blur.device to cpu")
     return PairLoader(
         sets,
         config.blur,
-        crop=data.crop,
+        config.data,
         global_batch=config.train.batch,
         seed=config.run.seed,
         start=start,
@@ -125,16 +124,8 @@ def pair_loader(
         rank=rank,
         world=world,
         accumulation=config.train.accumulation,
-        workers=data.workers,
         weights=[source.weight for source in data_sources(config)[0]],
-        window=data.window,
-        canonical_groups=data.canonical_groups,
-        crops_per_decode=data.crops_per_decode,
-        boxes=data.boxes_per_photo,
-        margin=data.margin,
-        max_bad_fraction=data.max_bad_fraction,
         pin_memory=pin_memory,
         device=device if on_gpu else None,
         attach=attach,
-        stall_s=60 * data.stall_minutes,
     )

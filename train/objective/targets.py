@@ -1,6 +1,6 @@
 """The teacher's features of a batch: read from the node's cache where the loader found them, computed where not.
 
-With a cache, computed features go through the stored form too: what a crop's target is does not depend on whether it
+Computed features go through the stored form too: what a crop's target is does not depend on whether it
 was a hit, so a run that is resumed beside its cache has the losses of one that was never stopped.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from data.feature_cache.cache import FeatureCache
 from data.feature_cache.codec import dequantise, quantise
 from data.feature_cache.folders import default_root
-from data.feature_cache.reader import SwitchedAttach
-from data.feature_cache.spec import CacheSpec, crop_key
+from data.feature_cache.reader import Found, SwitchedAttach
+from data.feature_cache.spec import CacheSpec, crop_keys
 from train.config.schema import Config
 from train.log import log
 
@@ -30,8 +31,8 @@ PROBED = 64  # records that are read back for it
 DRIFT = {"fp32": 0.01, "bf16": 0.05}
 
 
-class TeacherFeatures:
-    """t_l of training batches. `attach` is what the loader's workers call, None without a cache.
+class CachedTargets:
+    """t_l of training batches through a cache. `attach` is what the loader's workers call.
 
     teacher: frozen, with `channels`, `strides`, `precision` and `fingerprint()`. rank names this process's files.
     Counters: `hits`, `computed` (crops), `corrupt` (records met), `read_s`, `read_bytes`; `teacher_ms` a crop, None
@@ -44,51 +45,47 @@ class TeacherFeatures:
         self.hits = self.computed = self.corrupt = self.drifted = 0
         self.read_s, self.read_bytes, self.share = 0.0, 0, 0.0
         self.teacher_ms: float | None = None
-        self.attach: SwitchedAttach | None = None
         self._timed: list[tuple[int, float]] = []
         self._keys: list[bytes] = []
         self._since_check = 0
-        if self.settings.cache != "off":
-            self._open(config)
-
-    def _open(self, config: Config) -> None:
-        settings, spec = self.settings, cache_spec(self.teacher, config)
+        settings, spec = self.settings, cache_spec(teacher, config)
         limit = int(settings.limit_gib * 2**30)
-        # Every box comes once a turn: without room for all, what is oldest would always be gone before it returns.
-        self.cache = FeatureCache(settings.folder or default_root(), spec, limit_bytes=limit, when_full="stop")
-        self.writer = self.cache.writer(f"rank{self.rank}")
+        self.cache = FeatureCache(settings.folder or default_root(), spec, limit_bytes=limit)
+        self.writer = self.cache.writer(f"rank{rank}")
         self.attach = SwitchedAttach(self.cache.reader())
+        self.deciding = settings.cache == "auto"
         log.info("feature cache: %s, %s, %d bytes a crop", self.cache.folder, settings.dtype, spec.record_bytes)
         for name, differing in list(self.cache.others().items())[:3]:
             log.info("feature cache: %s beside it is of another %s and stays unused", name, ", ".join(differing))
-        self.deciding = settings.cache == "auto"
 
     @property
     def active(self) -> bool:
-        """Whether features are kept and read."""
-        return self.attach is not None and self.attach.on
+        """Whether features are kept and read; no more once the cache was turned off."""
+        return self.attach.on
 
-    def __call__(self, sharp: Tensor, batch: dict, autocast: contextlib.AbstractContextManager) -> tuple[Tensor, ...]:
+    def __call__(
+        self, sharp: Tensor, batch: Mapping[str, Any], autocast: contextlib.AbstractContextManager
+    ) -> tuple[Tensor, ...]:
         """Level features [B, c_l, h_l, w_l] of sharp crops [B, 3, S, S] in [0, 1]; batch: what the loader said of them.
 
-        A batch without `feature_hits` (nothing was looked up) is computed and not kept.
+        A batch without `features` (nothing was looked up) is computed and not kept.
         """
         self.share = 0.0
-        if not self.active or "feature_hits" not in batch:
+        looked_up: Found | None = batch.get("features") if self.active else None
+        if looked_up is None:
             self.computed += len(sharp)
             return self._compute(sharp, autocast)
-        read = batch["feature_read"]
-        self._count_corrupt(read["corrupt"])
-        hits = torch.zeros(len(sharp), dtype=torch.bool) if self.deciding else batch["feature_hits"]
+        self._count_corrupt(looked_up.corrupt)
+        hits = torch.zeros(len(sharp), dtype=torch.bool) if self.deciding else looked_up.hits
         missing = ~hits
         computed = self._computed_and_kept(sharp, batch, missing, autocast) if missing.any() else None
         if not hits.any():
             self._maybe_decide()
             return tuple(computed)
-        found = [level.to(self.device, non_blocking=True).float() for level in batch["features"]]
+        found = [level.to(self.device, non_blocking=True).float() for level in looked_up.levels]
         self.hits += int(hits.sum())
-        self.read_s += read["seconds"]
-        self.read_bytes += read["bytes"]
+        self.read_s += looked_up.seconds
+        self.read_bytes += looked_up.bytes
         self.share = float(hits.float().mean())
         self._maybe_check(sharp, batch, hits, found, autocast)
         if computed is None:
@@ -104,20 +101,14 @@ class TeacherFeatures:
         with autocast:
             return self.teacher(sharp)
 
-    def _computed_and_kept(self, sharp: Tensor, batch: dict, missing: Tensor, autocast) -> list[Tensor]:
+    def _computed_and_kept(self, sharp: Tensor, batch: Mapping[str, Any], missing: Tensor, autocast) -> list[Tensor]:
         """Features of the missing crops as a later hit will return them, on their way to the disk."""
         crops = sharp if missing.all() else sharp[missing.to(self.device)]
         with self._stopwatch(len(crops)):
             features = self._compute(crops, autocast)
         self.computed += len(crops)
         stored = quantise(features, self.settings.dtype)
-        keys = [
-            crop_key(image, tuple(box), flip)
-            for image, box, flip, wanted in zip(
-                batch["image"], batch["box"].tolist(), batch["flip"].tolist(), missing.tolist(), strict=True
-            )
-            if wanted
-        ]
+        keys = [key for key, wanted in zip(crop_keys(batch), missing.tolist(), strict=True) if wanted]
         self.writer.put(keys, stored)
         if self.deciding:
             self._keys = (self._keys + keys)[-PROBED:]
@@ -161,7 +152,9 @@ class TeacherFeatures:
         self.attach.turn_off()
         self.writer.close()
 
-    def _maybe_check(self, sharp: Tensor, batch: dict, hits: Tensor, found: list[Tensor], autocast) -> None:
+    def _maybe_check(
+        self, sharp: Tensor, batch: Mapping[str, Any], hits: Tensor, found: list[Tensor], autocast
+    ) -> None:
         """Every `check_every` hits compute one again; a cache that says something else is not used any more.
 
         Both in the stored form: int8 is far from what was computed where one number towers above its channel.
@@ -179,19 +172,17 @@ class TeacherFeatures:
             self.drifted += 1
             self._turn_off()
             log.warning(
-                "feature cache: turned off: what it has of %s differs by %.1f %% from what the teacher computes; clear "
-                "it with `sharpprior cache clear`", batch["key"][row], 100 * distance,
-            )  # fmt: skip
+                f"feature cache: turned off: what it has of {batch['key'][row]} differs by {100 * distance:.1f} % from "
+                "what the teacher computes; clear it with `sharpprior cache clear`"
+            )
 
     def _count_corrupt(self, count: int) -> None:
         if count and not self.corrupt:
             log.warning("feature cache: a damaged record in %s; such crops are computed again", self.cache.folder)
         self.corrupt += count
 
-    def summary(self) -> str | None:
-        """One line about what the cache did in this process, None without one."""
-        if self.attach is None:
-            return None
+    def summary(self) -> str:
+        """One line about what the cache did in this process."""
         seen = self.hits + self.computed
         line = f"{self.hits / max(seen, 1):.0%} of {seen} crops read"
         if self.hits and self.read_s:

@@ -14,7 +14,7 @@ from model.teachers import Teachers, build_teachers
 from train.config.schema import Config
 from train.objective.cross_level import CrossLevelFeatureLoss
 from train.objective.restoration import RestorationLoss
-from train.objective.targets import TeacherFeatures, cache_spec
+from train.objective.targets import CachedTargets, cache_spec
 
 
 class DeblurTask:
@@ -28,7 +28,7 @@ class DeblurTask:
         self.restoration = RestorationLoss(config.loss)
         self.teacher: Teachers | None = None
         self.features: CrossLevelFeatureLoss | None = None
-        self.targets: TeacherFeatures | None = None
+        self.targets: CachedTargets | None = None
         if config.model.prior:
             self.teacher = build_teachers(config.model).to(device)
             classify = None
@@ -48,8 +48,8 @@ class DeblurTask:
 
     def open_targets(self, rank: int) -> None:
         """Have the training batches' features come through the node's cache, where the configuration wants one."""
-        if self.teacher is not None:
-            self.targets = TeacherFeatures(self.teacher, self.config, self.device, rank)
+        if self.teacher is not None and self.config.features.cache != "off":
+            self.targets = CachedTargets(self.teacher, self.config, self.device, rank)
 
     @property
     def cache_fingerprint(self) -> str | None:
@@ -85,7 +85,7 @@ class DeblurTask:
             loss, more = self.features(out.prior, target)
             total = total + weight * loss
             parts = {**parts, **more}
-            if self.targets is not None and self.config.features.cache != "off":
+            if self.targets is not None:
                 parts["cached"] = sharp.new_tensor(self.targets.share)
         if self.config.loss.cfl_final is not None:
             parts["cfl_weight"] = sharp.new_tensor(weight)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.files import write_text
+from data.files import write_atomically
 from train.config.file import dump_config
 from train.config.schema import Config
 
@@ -73,7 +73,7 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """The resolved configuration, readable back by `--config`."""
-        write_text(self.config, dump_config(config))
+        write_atomically(self.config, dump_config(config))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl; floats keep all their digits."""
@@ -95,8 +95,8 @@ class RunFolder:
     def rewind_metrics(self, step: int) -> None:
         """Drop records after `step`: the resumed run writes those steps again."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
-        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _made_at_start(name: str) -> bool:
-    return name in _MADE_AT_START or name.startswith(("STOP", "stacks-rank-"))
+    return name in _MADE_AT_START or name.startswith(("STOP", "stacks-rank-")) or name.endswith(".tmp")

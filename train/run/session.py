@@ -373,8 +373,7 @@ class Session:
         targets = self.task.targets
         if targets is not None:
             targets.close()
-            if (said := targets.summary()) is not None:
-                log.info("feature cache, rank %d: %s", self.engine.rank, said)
+            log.info("feature cache, rank %d: %s", self.engine.rank, targets.summary())
 
     def _close_copier(self, kind: type | None, *_: object) -> None:
         if self.copier is not None:

@@ -121,8 +121,8 @@ def training_step(
 def zero_loss(engine: Engine, task: DeblurTask, batch: dict, distill: bool) -> torch.Tensor:
     """A loss whose gradient is zero, for a micro-batch that must not count: DeepSpeed wants its backward all the same
     (it counts micro-batches, and under ZeRO every rank must take part in the reduction)."""
-    black = {name: value for name, value in batch.items() if not name.startswith("feature")}  # of the true crops
-    black |= {name: torch.zeros_like(batch[name]) for name in ("blurry", "sharp")}
+    black = batch | {name: torch.zeros_like(batch[name]) for name in ("blurry", "sharp")}
+    black.pop("features", None)  # of the true crops
     loss, _ = task.losses(engine.forward, black, distill=distill, autocast=engine.autocast())
     if not torch.isfinite(loss):
         raise WeightsNotFiniteError(

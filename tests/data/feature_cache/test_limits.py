@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.feature_cache import cache as feature_cache
+from data.feature_cache import reader as feature_reader
 from data.feature_cache import segments as segments
 from data.feature_cache.cache import FeatureCache
 from data.feature_cache.codec import quantise
@@ -28,56 +28,18 @@ def size_of(cache: FeatureCache) -> int:
     return sum(path.stat().st_size for path in cache.folder.iterdir())
 
 
-def test_the_oldest_segments_go_when_the_limit_is_reached(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.feature_cache.reader._LOOK_AGAIN_S", 0.0)
-    record = a_cache(tmp_path).spec.record_bytes
-    cache = a_cache(tmp_path, limit=40 * record)
-    other = a_cache(tmp_path, boxes=3)
-    fill(other, "other")
-    reader = cache.reader()
-    with cache.writer("rank0") as one, cache.writer("rank1") as two:
-        for n in range(30):
-            for writer in (one, two):
-                writer.put(keys_of(f"{writer.name}{n}"), quantise(features(n), "fp16"))
-                writer.flush()
-                assert same(reader.get(keys_of(f"{writer.name}{n}")[0]), quantise(features(n), "fp16"), 0)
-                assert size_of(cache) <= cache.limit_bytes + 2048  # meta.json beside the segments
-        assert one.stats.removed_segments + two.stats.removed_segments > 10
-        assert one.stats.written == two.stats.written == 120
-    gone = [n for n in range(30) if reader.get(keys_of(f"rank0{n}")[0]) is None]
-    assert gone == list(range(len(gone)))
-    assert len(gone) == 26  # no more than had to go
-    assert reader.stats.corrupt == 0
-    assert other.reader().get(keys_of("other")[0]) is not None
-
-
-def test_segments_that_a_writer_holds_go_last(tmp_path):
-    record = a_cache(tmp_path).spec.record_bytes
-    cache = a_cache(tmp_path, limit=40 * record)
-    with cache.writer("slow") as slow, cache.writer("fast") as fast:
-        slow.put(keys_of("slow", 1), quantise(features(0, 1), "fp16"))
-        slow.flush()
-        for n in range(20):
-            fast.put(keys_of(f"{n}"), quantise(features(n), "fp16"))
-            fast.flush()
-        assert cache.reader().get(keys_of("slow", 1)[0]) is not None
-        assert cache.reader().get(keys_of("5")[0]) is None
-
-
-def test_a_full_cache_can_keep_what_it_has_instead(tmp_path, caplog):
+def test_a_full_cache_keeps_what_it_has(tmp_path, caplog):
     spec = CacheSpec("teacher", LEVELS, {}, "fp16")
-    cache = FeatureCache(tmp_path, spec, limit_bytes=20 * spec.record_bytes, when_full="stop")
+    cache = FeatureCache(tmp_path, spec, limit_bytes=20 * spec.record_bytes)
     with cache.writer("rank0") as writer:
         for n in range(10):
             writer.put(keys_of(f"{n}"), quantise(features(n), "fp16"))
             writer.flush()
-        assert (writer.stats.written, writer.stats.removed_segments) == (16, 0)
+        assert writer.stats.written == 16
     assert len(warnings_of(caplog)) == 1
     assert "features.limit_gib" in warnings_of(caplog)[0]
     reader = cache.reader()
     assert [reader.get(keys_of(f"{n}")[0]) is not None for n in range(10)] == [n < 4 for n in range(10)]
-    with pytest.raises(DataError, match="newest"):
-        FeatureCache(tmp_path, spec, limit_bytes=LIMIT, when_full="newest")
 
 
 def test_a_batch_larger_than_a_segment_is_split(tmp_path):
@@ -327,20 +289,20 @@ def test_many_segments_do_not_use_up_file_descriptors(tmp_path):
 def test_a_look_up_that_fails_is_misses_and_one_warning(tmp_path, monkeypatch, caplog):
     cache = a_cache(tmp_path)
     fill(cache, "a")
-    room = feature_cache._room_for
+    room = feature_reader._room_for
 
     def full(crops, levels):
         if crops:
             raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
         return room(crops, levels)
 
-    monkeypatch.setattr(feature_cache, "_room_for", full)
+    monkeypatch.setattr(feature_reader, "_room_for", full)
     reader = cache.reader()
     for _ in range(2):
         batch = {"image": ["a", "a"], "box": np.array([[0, 3, 64], [1, 3, 64]]), "flip": np.zeros(2, bool)}
         reader.attach(batch)
-        assert batch["feature_hits"].tolist() == [False, False]
-        assert [len(level) for level in batch["features"]] == [0, 0, 0]
+        assert batch["features"].hits.tolist() == [False, False]
+        assert [len(level) for level in batch["features"].levels] == [0, 0, 0]
     (warning,) = warnings_of(caplog)
     assert "shared memory" in warning
 

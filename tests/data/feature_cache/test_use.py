@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.blur import BlurConfig
 from data.errors import DataError
 from data.feature_cache.cache import FeatureCache
 from data.feature_cache.codec import Stored, dequantise, quantise
 from data.feature_cache.segments import SegmentWriter, stems
 from data.feature_cache.spec import CacheSpec, crop_key
-from data.stream.loader import PairLoader
 from data.workers import worker_context
 from tests.data.feature_cache.caches import LEVELS, LIMIT, a_cache, features, fill, keys_of, same
+from tests.data.streams import loader
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
@@ -289,10 +288,10 @@ def test_writers_of_one_name_never_share_a_file(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_attach_what_is_cached_of_a_batch(tmp_path, make_set, dtype, workers):
     cache = a_cache(tmp_path / "cache", dtype)
-    stream = {"crop": 48, "global_batch": 4, "batches": 3, "boxes": 2, "margin": 4, "seed": 1}
+    stream = {"crop": 48, "global_batch": 4, "batches": 3, "boxes_per_photo": 2, "margin": 4, "seed": 1}
     wanted: dict[bytes, list[torch.Tensor]] = {}
     with cache.writer("rank0") as writer:
-        for number, batch in enumerate(PairLoader(make_set([4, 3]), BlurConfig(), **stream)):
+        for number, batch in enumerate(loader(make_set([4, 3]), **stream)):
             crops = zip(batch["image"], batch["box"].tolist(), batch["flip"].tolist(), strict=True)
             keys = [crop_key(image, tuple(box), flip) for image, box, flip in crops]
             stored = quantise(features(number), dtype)
@@ -301,36 +300,32 @@ def test_workers_attach_what_is_cached_of_a_batch(tmp_path, make_set, dtype, wor
             for row, key in list(enumerate(keys))[some]:
                 wanted.setdefault(key, [level[row] for level in dequantise(stored)])
     hits = 0
-    loader = PairLoader(
-        make_set([4, 3], name="again"), BlurConfig(), workers=workers, attach=cache.reader().attach, **stream
-    )
-    for batch in loader:
+    reader = cache.reader()
+    for batch in loader(make_set([4, 3], name="again"), workers=workers, attach=reader.attach, **stream):
         crops = zip(batch["image"], batch["box"].tolist(), batch["flip"].tolist(), strict=True)
         keys = [crop_key(image, tuple(box), flip) for image, box, flip in crops]
-        assert batch["feature_hits"].dtype == torch.bool
-        assert batch["feature_hits"].tolist() == [key in wanted for key in keys]
+        looked_up = batch["features"]
+        assert looked_up.hits.dtype == torch.bool
+        assert looked_up.hits.tolist() == [key in wanted for key in keys]
         there = [wanted[key] for key in keys if key in wanted]
-        for level, found in enumerate(batch["features"]):
+        for level, found in enumerate(looked_up.levels):
             assert found.shape == (len(there), *LEVELS[level])
             assert all(torch.equal(a, b[level]) for a, b in zip(found, there, strict=True))
-        assert batch["feature_read"]["bytes"] == len(there) * cache.spec.record_bytes
-        assert batch["feature_read"]["corrupt"] == 0
-        assert batch["feature_read"]["seconds"] > 0
+        assert (looked_up.bytes, looked_up.corrupt) == (len(there) * cache.spec.record_bytes, 0)
+        assert looked_up.seconds > 0
         hits += len(there)
     assert hits >= 9
 
 
 def test_workers_send_on_batches_without_a_hit(tmp_path, make_set):
     reader = a_cache(tmp_path / "cache").reader()
-    for batch in PairLoader(
-        make_set([4]), BlurConfig(), crop=48, global_batch=2, batches=2, workers=1, attach=reader.attach
-    ):
-        assert [level.shape for level in batch["features"]] == [(0, *level) for level in LEVELS]
-        assert not batch["feature_hits"].any()
+    for batch in loader(make_set([4]), crop=48, global_batch=2, batches=2, workers=1, attach=reader.attach):
+        assert [level.shape for level in batch["features"].levels] == [(0, *level) for level in LEVELS]
+        assert not batch["features"].hits.any()
 
 
 def test_an_empty_cache_attaches_empty_features(tmp_path):
     batch = {"image": ["a", "b"], "box": np.zeros((2, 3), np.int64), "flip": np.zeros(2, bool)}
     a_cache(tmp_path).reader().attach(batch)
-    assert [level.shape for level in batch["features"]] == [(0, *level) for level in LEVELS]
-    assert batch["feature_hits"].tolist() == [False, False]
+    assert [level.shape for level in batch["features"].levels] == [(0, *level) for level in LEVELS]
+    assert batch["features"].hits.tolist() == [False, False]

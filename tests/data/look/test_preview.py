@@ -14,11 +14,12 @@ from data.look.preview import (
     write_contact_sheet,
     write_html_page,
 )
+from data.shards.set import ShardSet
 
 
 @pytest.fixture
 def pairs(make_set):
-    return preview_pairs(make_set([3, 2]), BlurConfig(), count=6, crop=32, margin=8)
+    return preview_pairs(ShardSet(make_set([3, 2])), BlurConfig(), count=6, crop=32, margin=8, seed=0)
 
 
 def test_pairs_cover_the_tiers_from_mild_to_extreme(pairs):
@@ -47,7 +48,7 @@ def test_kernel_is_drawn_centred_and_whole():
 
 
 def test_recorded_pairs_are_shown_without_a_kernel(make_set):
-    pairs = preview_pairs(make_set([2], kind="pairs"), BlurConfig(), count=3, crop=32)
+    pairs = preview_pairs(ShardSet(make_set([2], kind="pairs")), BlurConfig(), count=3, crop=32, margin=8, seed=0)
     assert [pair["kernel"] for pair in pairs] == [None] * 3
     assert contact_sheet(pairs).ndim == 3
 
@@ -66,4 +67,4 @@ def test_unknown_picture_format_and_zero_pairs_are_refused(pairs, tmp_path, make
     with pytest.raises(DataError, match=r"\.png or \.jpg"):
         write_contact_sheet(tmp_path / "sheet.gif", pairs)
     with pytest.raises(DataError, match="at least one"):
-        preview_pairs(make_set(name="other"), BlurConfig(), count=0)
+        preview_pairs(ShardSet(make_set(name="other")), BlurConfig(), count=0, crop=32, margin=8, seed=0)

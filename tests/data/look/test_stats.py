@@ -5,18 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.blur import BlurConfig
+from data.blur import TIERS, BlurConfig
 from data.errors import DataError
 from data.image import decode_image
-from data.look.stats import EXTENT_EDGES, set_stats, tier_shares, write_histogram
+from data.look.stats import EXTENT_EDGES, set_stats, write_histogram
+from data.shards.set import ShardSet
+from data.stream.config import StreamConfig
 
 SAMPLES = Path(__file__).parents[3] / "data" / "samples"
 
 
 def test_tiers_come_in_their_shares_with_extents_inside_their_bounds(tmp_path):
-    stats = set_stats(SAMPLES / "train", BlurConfig(), pairs=240, crop=96)
+    stats = set_stats(ShardSet(SAMPLES / "train"), BlurConfig(), StreamConfig(crop=96, workers=0), pairs=240)
     assert stats.pairs == sum(tier.count for tier in stats.tiers) == sum(stats.histogram) == 240
-    wanted = tier_shares(BlurConfig())
+    wanted = {tier: getattr(BlurConfig().tiers, tier).share for tier in TIERS}
     for tier in stats.tiers:
         # four standard errors of a share
         assert abs(tier.share - wanted[tier.tier]) < 4 * (wanted[tier.tier] * (1 - wanted[tier.tier]) / 240) ** 0.5
@@ -33,10 +35,11 @@ def test_tiers_come_in_their_shares_with_extents_inside_their_bounds(tmp_path):
 
 
 def test_recorded_pairs_have_psnr_but_no_extent(make_set):
-    stats = set_stats(make_set([3], kind="pairs"), BlurConfig(), pairs=5, crop=32)
+    stream = StreamConfig(crop=32, workers=0)
+    stats = set_stats(ShardSet(make_set([3], kind="pairs")), BlurConfig(), stream, pairs=5)
     (tier,) = stats.tiers
     assert (tier.tier, tier.count) == ("paired", 5)
     assert np.isfinite(tier.psnr).all()
     assert stats.lines()
     with pytest.raises(DataError, match="at least one"):
-        set_stats(make_set(name="other"), BlurConfig(), pairs=0)
+        set_stats(ShardSet(make_set(name="other")), BlurConfig(), stream, pairs=0)

@@ -82,7 +82,7 @@ def test_workers_and_order_of_finishing_change_nothing(photographs, tmp_path):
 
 PREPARE = """
 import sys
-from data import recipe
+from data.prepare import recipe
 from data.prepare.jobs import prepare_dataset
 from data.prepare.recipe import Recipe
 import time

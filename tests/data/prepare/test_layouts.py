@@ -190,3 +190,30 @@ def test_keys_are_valid_whatever_the_name(name):
 
 def test_names_that_differ_only_in_lost_letters_keep_different_keys():
     assert len({key_of(name) for name in ("IMG 1", "IMG_1", "img_1", "img-1 ", "Img_1")}) == 5
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_of_the_table_keeps_the_contract(name, tmp_path, sharpprior):
+    """A function and a row are all that a new layout needs: this runs over the table."""
+    layout = LAYOUTS[name]
+    assert layout.help
+    assert layout.licence
+    assert layout.splits
+    assert layout.variants
+    assert layout.counts.keys() <= set(layout.splits)
+    assert set(layout.parts) < set(layout.variants)
+    for options, words in (
+        ({"split": "nonsense"}, f"{name}: split 'nonsense'; one of"),
+        ({"variant": "nonsense"}, f"{name}: variant 'nonsense'; one of"),
+    ):
+        with pytest.raises(DataError, match=words):
+            list_dataset(name, tmp_path, **options)
+    for split in layout.splits:  # an empty folder is told, whatever is looked for in it
+        with pytest.raises(DataError, match=str(tmp_path)):
+            list_dataset(name, tmp_path, split=split)
+    status, out, _ = sharpprior("prepare", "--help")
+    assert status == 0
+    assert f"{name}: " in " ".join(out.replace("│", " ").split())
+    status, _, error = sharpprior("prepare", name, tmp_path / "nowhere", tmp_path / "out")
+    assert status == 1
+    assert "nowhere" in error

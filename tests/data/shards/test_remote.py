@@ -11,12 +11,11 @@ import torch
 
 pytest.importorskip("aiohttp")
 
-from data.blur import BlurConfig
 from data.errors import DataError
 from data.shards.remote import ShardCache
 from data.shards.set import ShardSet
 from data.shards.verify import verify
-from data.stream.loader import PairLoader
+from tests.data.streams import loader
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -91,7 +90,7 @@ def cache(tmp_path):
 
 
 def batches(sets, **options) -> list[dict]:
-    return list(PairLoader(sets, BlurConfig(), crop=32, global_batch=4, batches=6, margin=8, seed=2, **options))
+    return list(loader(sets, batches=6, seed=2, **options))
 
 
 def test_remote_set_streams_the_same_pairs_as_the_local_one(server, cache):
@@ -185,7 +184,7 @@ def test_shards_are_fetched_once_whoever_asks(server, cache):
 
 def test_next_shards_are_fetched_ahead(server, cache):
     shards = ShardSet(server.url, cache=cache)
-    stream = iter(PairLoader(shards, BlurConfig(), crop=32, global_batch=1, batches=1, margin=8, window=1))
+    stream = iter(loader(shards, global_batch=1, batches=1, window=1))
     next(stream)
     deadline = time.monotonic() + 20
     while len(list(cache.folder.glob("*.tar"))) < 2 and time.monotonic() < deadline:

@@ -11,6 +11,8 @@ import torch
 
 from data.blur import BlurConfig
 from data.errors import DataError
+from data.shards.set import ShardSet
+from data.stream.config import StreamConfig
 from data.stream.hung import describe
 from data.stream.loader import PairLoader
 from tests.data.stream.hanging import sleep_at_second_batch
@@ -23,8 +25,8 @@ def photographs(tmp_path_factory):
 
 
 def loader(photographs, **changes) -> PairLoader:
-    settings = {"crop": 64, "margin": 16, "global_batch": 2, "batches": 40, "workers": 2, "prefetch": 1}
-    return PairLoader(photographs, BlurConfig(), **(settings | changes))
+    stream = StreamConfig(crop=64, margin=16, workers=2)
+    return PairLoader([ShardSet(photographs)], BlurConfig(), stream, global_batch=2, batches=40, **changes)
 
 
 def begun(pairs: PairLoader, stall_s: float) -> tuple[Iterator[dict], list]:
@@ -79,6 +81,7 @@ def test_signals_of_a_scheduler_do_not_end_workers(photographs):
 
 def test_workers_end_when_the_main_process_ends_them(photographs):
     batches, workers = begun(loader(photographs), stall_s=60.0)
+    next(batches)  # of the second worker: one that is still starting is deaf to the signal
     for worker in workers:
         worker.terminate()
         worker.join(30)

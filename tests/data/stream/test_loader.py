@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -18,10 +19,12 @@ from data.errors import DataError
 from data.image import encode_jpeg, encode_png
 from data.shards.set import ShardSet
 from data.shards.write import ShardWriter
-from data.stream.loader import PairLoader
+from data.stream.batch import Batch
+from data.stream.config import StreamConfig
 from data.stream.validation import validation_count, validation_pairs
 from data.workers import init_worker
 from tests.data.pictures import picture
+from tests.data.streams import loader
 
 pytestmark = pytest.mark.slow
 
@@ -29,10 +32,6 @@ BLUR = BlurConfig()
 TENSORS = ("blurry", "sharp", "box", "crop", "flip", "epoch", "source", "position", "extent", "input_psnr")
 NAMES = ("key", "image", "tier", "generator")
 SAMPLES = Path(__file__).parents[3] / "data" / "samples"
-
-
-def loader(sets, **options) -> PairLoader:
-    return PairLoader(sets, BLUR, **{"crop": 32, "global_batch": 4, "seed": 3, "batches": 4, "margin": 8} | options)
 
 
 def merged(parts: list[list[dict]]) -> list[dict]:
@@ -102,7 +101,7 @@ def test_batches_hold_what_they_say(one_process):
 
 def test_crops_come_from_a_finite_plan_and_blur_varies(make_set):
     root = make_set([2])
-    batches = list(loader(root, boxes=2, batches=12))
+    batches = list(loader(root, boxes_per_photo=2, batches=12))
     boxes, blurs = {}, set()
     for batch in batches:
         for i, image in enumerate(batch["image"]):
@@ -150,8 +149,7 @@ def test_pairs_rendered_on_a_device_are_the_workers_pairs_up_to_rounding(make_se
     roots = [make_set([3], name="a", prefix="a"), make_set([2], name="b", prefix="b", kind="pairs")]
     # JPEG rounds a difference of 1 code to another block; everything else must agree to the last code or the next.
     blur = BlurConfig(photometry={"jpeg": {"probability": 0}})
-    options = {"crop": 32, "global_batch": 4, "seed": 3, "batches": 4, "margin": 8, "workers": workers}
-    expected, found = (list(PairLoader(roots, blur, **options, device=device)) for device in (None, "cpu"))
+    expected, found = (list(loader(roots, blur, workers=workers, device=device)) for device in (None, "cpu"))
     assert len(found) == len(expected) == 4
     for a, b in zip(expected, found, strict=True):
         assert set(a) == set(b)
@@ -264,10 +262,16 @@ def test_grey_sixteen_bit_and_transparent_photographs_stream(tmp_path):
     assert sum(len(batch["key"]) for batch in loader(tmp_path / "set", batches=3)) == 12
 
 
-@pytest.mark.parametrize("options", [{"workers": -1}, {"start": -4}, {"prefetch": 0}, {"max_bad_fraction": 1.0}])
-def test_options_out_of_range_are_refused(make_set, options):
-    with pytest.raises(DataError, match="out of range"):
-        loader(make_set(), **options)
+@pytest.mark.parametrize("options", [{"workers": -1}, {"crop": 31}, {"stall_minutes": 0}, {"max_bad_fraction": 1.0}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}\n.*should be"):
+        StreamConfig(**options)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_holds_the_keys_that_its_type_says(make_set, workers):
+    for batch in loader(make_set(), batches=2, workers=workers):
+        assert set(batch) == Batch.__required_keys__
 
 
 # -- ending -----------------------------------------------------------------------------------------------------------
@@ -320,13 +324,16 @@ SCRIPT = """
 import signal
 import sys
 from data.blur import BlurConfig
+from data.shards.set import ShardSet
+from data.stream.config import StreamConfig
 from data.stream.loader import PairLoader
 assert __name__ == "__main__", "a worker imported the main script"
 caught = []
 if sys.argv[2] == "handled":
     signal.signal(signal.SIGINT, lambda *_: caught.append(number))
+stream = StreamConfig(crop=32, margin=8, workers=2)
 try:
-    for number, batch in enumerate(PairLoader(sys.argv[1], BlurConfig(), crop=32, global_batch=4, workers=2, margin=8)):
+    for number, batch in enumerate(PairLoader([ShardSet(sys.argv[1])], BlurConfig(), stream, global_batch=4)):
         if number == 3:
             print("going", flush=True)
         if caught and number == caught[0] + 20:
@@ -367,8 +374,11 @@ def test_ctrl_c_is_the_main_process_s_to_handle_and_everything_ends(make_set, tm
 KILLED = """
 import sys
 from data.blur import BlurConfig
+from data.shards.set import ShardSet
+from data.stream.config import StreamConfig
 from data.stream.loader import PairLoader
-for number, batch in enumerate(PairLoader(sys.argv[1], BlurConfig(), crop=32, global_batch=4, workers=2, margin=8)):
+stream = StreamConfig(crop=32, margin=8, workers=2)
+for number, batch in enumerate(PairLoader([ShardSet(sys.argv[1])], BlurConfig(), stream, global_batch=4)):
     if number == 3:
         print("going", flush=True)
 """
@@ -396,13 +406,17 @@ def test_workers_end_when_their_main_process_is_killed(make_set):
 # -- validation -------------------------------------------------------------------------------------------------------
 
 
+def validated(root: Path, **options) -> Iterator[dict]:
+    return validation_pairs(ShardSet(root), BLUR, **{"crop": 32, "margin": 8, "seed": 0} | options)
+
+
 def test_validation_list_is_fixed_and_divides_over_ranks(make_set):
     root = make_set([3])
-    whole = list(validation_pairs(root, BLUR, crop=32, margin=8))
+    whole = list(validated(root))
     assert len(whole) == validation_count(ShardSet(root)) == 3 * len(TIERS)
     assert [pair["tier"] for pair in whole[: len(TIERS)]] == list(TIERS)
     assert [pair["number"] for pair in whole] == list(range(15))
-    parts = [list(validation_pairs(root, BLUR, crop=32, margin=8, rank=rank, world=4)) for rank in range(4)]
+    parts = [list(validated(root, rank=rank, world=4)) for rank in range(4)]
     for number, pair in enumerate(whole):
         other = parts[number % 4][number // 4]
         assert other["key"] == pair["key"]
@@ -412,21 +426,21 @@ def test_validation_list_is_fixed_and_divides_over_ranks(make_set):
 
 def test_validation_of_some_tiers_leaves_their_pairs_as_they_are(make_set):
     root = make_set([2])
-    whole = {(p["key"], p["tier"]): p["blurry"] for p in validation_pairs(root, BLUR, crop=32, margin=8)}
-    for pair in validation_pairs(root, BLUR, crop=32, margin=8, tiers=["severe"]):
+    whole = {(p["key"], p["tier"]): p["blurry"] for p in validated(root)}
+    for pair in validated(root, tiers=["severe"]):
         assert torch.equal(pair["blurry"], whole[pair["key"], "severe"])
 
 
 def test_validation_of_recorded_pairs_has_one_tier(make_set):
-    pairs = list(validation_pairs(make_set([3], kind="pairs"), BLUR, crop=32))
+    pairs = list(validated(make_set([3], kind="pairs")))
     assert [pair["tier"] for pair in pairs] == ["paired"] * 3
     assert all(pair["kernel"] is None for pair in pairs)
 
 
 def test_bundled_photographs_stream_and_validate():
-    batch = next(iter(PairLoader(SAMPLES / "train", BLUR, crop=128, global_batch=4, batches=1)))
+    batch = next(iter(loader(SAMPLES / "train", crop=128, batches=1)))
     assert batch["sharp"].float().std() > 10
-    pairs = list(validation_pairs(SAMPLES / "val", BLUR, crop=128, tiers=["severe"]))
+    pairs = list(validated(SAMPLES / "val", crop=128, tiers=["severe"]))
     assert len(pairs) == 13
     assert np.median([pair["input_psnr"] for pair in pairs]) < 30
 

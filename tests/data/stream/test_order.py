@@ -9,10 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
+from data.stream.config import StreamConfig
 from data.stream.crops import CropPlan
 from data.stream.order import Plan, Share
 
 SIZES = [5, 7, 3, 9, 12, 12]  # 48 samples
+
+
+def a_plan(shard_sizes, seed: int, weights=None, **settings) -> Plan:
+    return Plan(shard_sizes, seed, StreamConfig(**settings), weights)
+
+
+def group_samples(plan: Plan, group: int) -> np.ndarray:
+    """The samples of the first source that a canonical group owns, for ever."""
+    return plan._orders[0][group].samples()
+
+
+def groups_of(rank: int, world: int, groups: int) -> set[int]:
+    """The canonical groups that a rank reads: its part of them, or one that it shares with its neighbours."""
+    first = rank * groups // world
+    return set(range(first, max((rank + 1) * groups // world, first + 1)))
 
 
 def positions_of_batch(
@@ -32,7 +48,7 @@ sizes = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 @given(sizes=sizes, seed=st.integers(0, 2**31), window=st.integers(1, 4), crops=st.integers(1, 3))
 def test_every_sample_comes_exactly_once_an_epoch(sizes, seed, window, crops):
     total = sum(sizes)
-    plan = Plan([sizes], seed, window=window, crops_per_decode=crops)
+    plan = a_plan([sizes], seed, window=window, crops_per_decode=crops)
     for epoch in range(3):
         slots = [plan.slot(p) for p in range(epoch * total * crops, (epoch + 1) * total * crops)]
         assert {slot.epoch for slot in slots} == {epoch}
@@ -45,8 +61,8 @@ def test_every_sample_comes_exactly_once_an_epoch(sizes, seed, window, crops):
 def test_groups_partition_the_samples_evenly(sizes, groups, seed):
     if sum(sizes) < groups:
         return
-    plan = Plan([sizes], seed, canonical_groups=groups)
-    parts = [plan.group_samples(0, group) for group in range(groups)]
+    plan = a_plan([sizes], seed, canonical_groups=groups)
+    parts = [group_samples(plan, group) for group in range(groups)]
     assert sorted(np.concatenate(parts).tolist()) == list(range(sum(sizes)))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     for position in range(3 * sum(sizes)):
@@ -55,22 +71,22 @@ def test_groups_partition_the_samples_evenly(sizes, groups, seed):
 
 def test_order_differs_between_epochs_and_seeds_and_not_otherwise():
     orders = [
-        [Plan([SIZES], seed).slot(p).sample for p in range(epoch * 48, epoch * 48 + 48)]
+        [a_plan([SIZES], seed).slot(p).sample for p in range(epoch * 48, epoch * 48 + 48)]
         for seed in (0, 1)
         for epoch in (0, 1)
     ]
     assert len({tuple(order) for order in orders}) == 4
-    assert orders[0] == [Plan([SIZES], 0).slot(p).sample for p in range(48)]
+    assert orders[0] == [a_plan([SIZES], 0).slot(p).sample for p in range(48)]
 
 
 def test_any_position_can_be_asked_first():
-    plan = Plan([SIZES], 3, window=2, canonical_groups=4)
+    plan = a_plan([SIZES], 3, window=2, canonical_groups=4)
     forward = [plan.slot(p) for p in range(200)]
-    assert [Plan([SIZES], 3, window=2, canonical_groups=4).slot(p) for p in reversed(range(200))] == forward[::-1]
+    assert [a_plan([SIZES], 3, window=2, canonical_groups=4).slot(p) for p in reversed(range(200))] == forward[::-1]
 
 
 def test_window_bounds_the_shards_that_are_open_at_once():
-    plan = Plan([[10] * 12], 0, window=3)
+    plan = a_plan([[10] * 12], 0, window=3)
     for window in range(4):
         samples = [plan.slot(p).sample for p in range(window * 30, window * 30 + 30)]
         assert len({sample // 10 for sample in samples}) == 3
@@ -95,7 +111,7 @@ def test_ranks_and_accumulation_divide_the_same_global_batch(world, groups, accu
     parts = positions_of_batch(batch, 24, world, groups, 1, start)
     assert sorted(chain.from_iterable(parts)) == list(range(start + batch * 24, start + batch * 24 + 24))
     for rank, part in enumerate(parts):
-        assert {position % groups for position in part} <= set(Share(24, rank, world, 1, groups).groups())
+        assert {position % groups for position in part} <= groups_of(rank, world, groups)
     if 24 % (world * accumulation) == 0:
         finer = positions_of_batch(batch, 24, world, groups, accumulation, start)
         assert list(chain.from_iterable(finer)) == list(chain.from_iterable(parts))
@@ -104,7 +120,7 @@ def test_ranks_and_accumulation_divide_the_same_global_batch(world, groups, accu
 def test_sixty_four_ranks_of_four_workers_read_only_their_groups_and_every_sample_once():
     world, workers, groups, global_batch = 64, 4, 8, 128
     shard_sizes = [64] * 40  # 2560 samples: 20 global batches
-    plan = Plan([shard_sizes], 7, window=4, canonical_groups=groups)
+    plan = a_plan([shard_sizes], 7, window=4, canonical_groups=groups)
     seen, per_node = Counter(), {}
     for rank in range(world):
         share = Share(global_batch, rank, world, 1, groups)
@@ -118,16 +134,16 @@ def test_sixty_four_ranks_of_four_workers_read_only_their_groups_and_every_sampl
                     per_node.setdefault(node, set()).add(slot.sample)
     assert seen == Counter(range(2560))
     for node, samples in per_node.items():
-        assert samples == set(plan.group_samples(0, node).tolist())
+        assert samples == set(group_samples(plan, node).tolist())
         assert len({sample // 64 for sample in samples}) <= 6  # 5 shards' worth, one boundary shard more
 
 
 def test_resuming_on_other_rank_counts_keeps_the_order():
-    plan = Plan([[48] * 10], 5, canonical_groups=1)
+    plan = a_plan([[48] * 10], 5, canonical_groups=1)
     unbroken = [plan.slot(p).sample for p in range(48 * 30)]
     consumed, resumed = 0, []
     for world, steps in ((8, 7), (3, 11), (16, 12)):
-        again = Plan([[48] * 10], 5, canonical_groups=1)
+        again = a_plan([[48] * 10], 5, canonical_groups=1)
         for batch in range(steps):
             parts = positions_of_batch(batch, 48, world, start=consumed)
             resumed += [again.slot(p).sample for part in parts for p in part]
@@ -136,7 +152,7 @@ def test_resuming_on_other_rank_counts_keeps_the_order():
 
 
 def test_weighted_sources_get_their_shares_and_keep_their_own_epochs():
-    plan = Plan([[5, 7], [30, 10]], 3, weights=[1, 3])
+    plan = a_plan([[5, 7], [30, 10]], 3, weights=[1, 3])
     slots = [plan.slot(p) for p in range(4096)]
     assert Counter(slot.source for slot in slots) == {0: 1024, 1: 3072}
     for source, size in ((0, 12), (1, 40)):
@@ -148,12 +164,12 @@ def test_weighted_sources_get_their_shares_and_keep_their_own_epochs():
 
 
 def test_tiny_weight_still_gets_its_turn():
-    plan = Plan([[4], [4]], 0, weights=[1e-9, 1])
+    plan = a_plan([[4], [4]], 0, weights=[1e-9, 1])
     assert Counter(plan.slot(p).source for p in range(1024)) == {0: 1, 1: 1023}
 
 
 def test_memory_stays_flat_over_many_epochs():
-    plan = Plan([SIZES], 0, window=2)
+    plan = a_plan([SIZES], 0, window=2)
     for position in range(48 * 50):
         plan.slot(position)
     order = plan._orders[0][0]
@@ -162,14 +178,14 @@ def test_memory_stays_flat_over_many_epochs():
 
 
 def test_replacement_is_deterministic_in_its_group_and_another_sample():
-    plan = Plan([SIZES], 0, canonical_groups=4)
+    plan = a_plan([SIZES], 0, canonical_groups=4)
     slot = plan.slot(6)
     found = plan.replacements(slot, 5)
-    assert found == Plan([SIZES], 0, canonical_groups=4).replacements(slot, 5)
+    assert found == a_plan([SIZES], 0, canonical_groups=4).replacements(slot, 5)
     first = found[:5]
     assert len(set(first)) == 5
     assert slot.sample not in found
-    assert set(first) <= set(plan.group_samples(0, 2).tolist())
+    assert set(first) <= set(group_samples(plan, 2).tolist())
     assert len(found) > 5  # a group that lies on one lost shard is not the end
 
 
@@ -189,13 +205,14 @@ def test_batches_that_cannot_be_cut_are_refused(arguments, words):
 
 
 def test_plans_that_cannot_be_made_are_refused():
-    with pytest.raises(DataError, match="window 0"):
-        Plan([SIZES], 0, window=0)
+    for name in ("window", "canonical_groups", "crops_per_decode"):
+        with pytest.raises(ValueError, match=f"{name}\n.*greater than or equal to 1"):
+            a_plan([SIZES], 0, **{name: 0})
     with pytest.raises(DataError, match="canonical_groups 49"):
-        Plan([SIZES], 0, canonical_groups=49)
+        a_plan([SIZES], 0, canonical_groups=49)
     for weights in ([1], [1, -1], [1, 0], [1, float("nan")]):
         with pytest.raises(DataError, match="weights"):
-            Plan([SIZES, SIZES], 0, weights=weights)
+            a_plan([SIZES, SIZES], 0, weights=weights)
 
 
 def test_crop_plan_shows_all_boxes_in_k_visits_and_the_same_ones_again():

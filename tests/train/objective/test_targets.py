@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from data.blur import BlurConfig
 from data.feature_cache.codec import dequantise, quantise
-from data.feature_cache.spec import crop_key
+from data.feature_cache.spec import crop_keys
 from data.stream.loader import PairLoader
+from tests.data.streams import loader
 from tests.train.small_sets import small_set
 from train.config.file import build_config
 from train.log import log
-from train.objective.targets import TeacherFeatures
+from train.objective.targets import CachedTargets
 
 
 class Teacher(nn.Module):
@@ -69,19 +69,22 @@ def configured(folder, **features):
     )
 
 
-def opened(folder, teacher=None, rank=0, **features) -> TeacherFeatures:
-    return TeacherFeatures(teacher or Teacher(), configured(folder, **features), torch.device("cpu"), rank)
+def opened(folder, teacher=None, rank=0, **features) -> CachedTargets:
+    return CachedTargets(teacher or Teacher(), configured(folder, **features), torch.device("cpu"), rank)
 
 
 def batches(photographs, attach, count=6, workers=0, start=0) -> PairLoader:
-    return PairLoader(
-        photographs, BlurConfig(), crop=64, global_batch=4, batches=count, boxes=2, margin=8, workers=workers,
-        attach=attach, start=start,
-    )  # fmt: skip
+    options = {"crop": 64, "boxes_per_photo": 2, "margin": 8, "workers": workers, "seed": 0, "start": start}
+    return loader(photographs, batches=count, attach=attach, **options)
 
 
-def targets(features: TeacherFeatures, loader) -> list[tuple[torch.Tensor, ...]]:
+def targets(features: CachedTargets, loader) -> list[tuple[torch.Tensor, ...]]:
     return [features(batch["sharp"].float() / 255, batch, contextlib.nullcontext()) for batch in loader]
+
+
+def uncached(loader) -> list[tuple[torch.Tensor, ...]]:
+    """What the teacher itself computes."""
+    return [Teacher()(batch["sharp"].float() / 255) for batch in loader]
 
 
 def assert_equal(one, two, **tolerance) -> None:
@@ -105,7 +108,7 @@ def test_a_second_run_reads_what_the_first_computed_and_has_its_targets_bit_for_
 
 
 def test_targets_are_the_teachers_to_storage_precision(tmp_path, photographs):
-    plain = targets(opened(tmp_path, cache="off"), batches(photographs, None))
+    plain = uncached(batches(photographs, None))
     for dtype, tolerance in (("fp16", 1e-3), ("int8", 2e-2)):
         cached = opened(tmp_path, dtype=dtype)
         assert_equal(targets(cached, batches(photographs, cached.attach)), plain, rtol=tolerance, atol=tolerance)
@@ -116,13 +119,12 @@ def test_hits_and_misses_of_one_batch_stand_at_their_places(tmp_path, photograph
     (batch,) = list(batches(photographs, None, count=1))
     sharp = batch["sharp"].float() / 255
     expected = dequantise(quantise(features.teacher(sharp), "fp16"))
-    crops = zip(batch["image"], batch["box"].tolist(), batch["flip"].tolist(), strict=True)
-    keys = [crop_key(image, tuple(box), flip) for image, box, flip in crops]
+    keys = crop_keys(batch)
     known = [0, 2]
     features.writer.put([keys[n] for n in known], quantise(features.teacher(sharp[known]), "fp16"))
     features.writer.flush()
     features.attach(batch)
-    assert batch["feature_hits"].tolist() == [True, False, True, False]
+    assert batch["features"].hits.tolist() == [True, False, True, False]
     found = features(sharp, batch, contextlib.nullcontext())
     assert_equal([found], [[level.float() for level in expected]], rtol=1e-3, atol=1e-4)
     assert (features.hits, features.computed) == (2, 2)
@@ -162,7 +164,7 @@ def test_auto_drops_the_cache_where_reading_takes_longer(tmp_path, photographs, 
     assert features.hits == 0
     assert any("turned off, it does not pay" in record.getMessage() for record in said.records)
     assert "turned off" in features.summary()
-    plain = targets(opened(tmp_path, cache="off"), batches(photographs, None, count=20))
+    plain = uncached(batches(photographs, None, count=20))
     assert_equal(found[-1:], plain[-1:])  # and computes on, unrounded
 
 
@@ -184,7 +186,7 @@ def test_a_cache_that_disagrees_with_the_teacher_is_turned_off(tmp_path, photogr
     assert features.drifted == 1
     assert not features.active
     assert any("differs by" in record.getMessage() for record in said.records)
-    plain = targets(opened(tmp_path, cache="off"), batches(photographs, None))
+    plain = uncached(batches(photographs, None))
     assert_equal(found[-1:], plain[-1:])
 
 
@@ -202,7 +204,7 @@ def test_what_a_check_forgives_is_the_teachers_own_precision(tmp_path, photograp
     for scale in (1.0, 1.03):
         config = configured(tmp_path, check_every=2)
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"precision": run})})
-        features = TeacherFeatures(Teacher(scale=scale, precision=teacher), config, torch.device("cpu"), 0)
+        features = CachedTargets(Teacher(scale=scale, precision=teacher), config, torch.device("cpu"), 0)
         targets(features, batches(photographs, features.attach, count=2))
         features.close()
     assert features.active is kept

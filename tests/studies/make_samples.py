@@ -1,7 +1,7 @@
 """Cut the bundled tiles from Debian's package lomiri-wallpapers-16.04 (20.04.0-2): the same bytes every time.
 
     apt download lomiri-wallpapers-16.04 && dpkg-deb -x lomiri-wallpapers-16.04_20.04.0-2_all.deb unpacked
-    python -m data.samples.make_samples unpacked/usr/share/backgrounds data/samples
+    python -m tests.studies.make_samples unpacked/usr/share/backgrounds data/samples
 
 Tiles were chosen by measured sharpness and by eye. `scale` s means that the photograph was reduced s times by area
 averaging first, which makes detail that is soft at full size sharp at pixel level. Train and val share no photograph.
@@ -121,7 +121,7 @@ def attribution() -> str:
         "",
         f"From {PACKAGE}; its copyright file names authors and licences.",
         f"Changes: cut into tiles of {TILE} px, some after reduction by area averaging (`scale` in each tile's json),",
-        "re-encoded as JPEG quality 95, 4:4:4; `make_samples.py` here does it, byte for byte. The tiles keep the",
+        "re-encoded as JPEG quality 95, 4:4:4; tests/studies/make_samples.py does it to the byte. The tiles keep the",
         "licences of their photographs; the project's own licence does not cover them.",
         "",
         "| photograph | author | licence | split | tiles |",
