@@ -2,9 +2,9 @@
 
 The teacher sees the sharp crop, so a record belongs to (image, crop box, flip); teacher, levels, crop plan and stored
 form decide the folder, `root/<fingerprint>/`, whose `meta.json` says so in full. Loader workers read (`FeatureReader`),
-a thread of the training process appends what was missing (`FeatureWriter`); any number of processes of a node may do
-either. Nothing is fsynced: a machine that crashes loses records, and a record's crc32 tells a damaged one from a sound
-one. A cache must never stop a training run: disks that are full or read-only end the writing, with one warning.
+a thread of the training process writes what was missing (`FeatureWriter`); any number of processes of a node may do
+either, in one SQLite file (`Store`). A cache must never stop a training run: disks that are full or read-only, and
+files that are damaged, end the writing, with one warning.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sqlite3
 import time
 import weakref
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ import numpy as np
 from data.errors import DataError
 from data.feature_cache.reader import FeatureReader
 from data.feature_cache.spec import META, CacheSpec
+from data.feature_cache.store import Store
 from data.feature_cache.writer import FeatureWriter
 from data.files import write_atomically
 
@@ -30,9 +32,9 @@ _PROBE_BATCH = 16
 
 
 class FeatureCache:
-    """The folder of one spec below `root`, at most `limit_bytes` of segments.
+    """The folder of one spec below `root`, at most `limit_bytes` large.
 
-    When they are full, what is there stays and writing ends: a crop returns once in a turn of the plan, and by then the
+    When it is full, what is there stays and writing ends: a crop returns once in a turn of the plan, and by then the
     oldest would have gone (a limit of half the plan: 17 % hits against 50 %).
 
     A folder that cannot be made or written is no error: `problem` says why, its writers warn once and write nothing.
@@ -51,8 +53,8 @@ class FeatureCache:
             )
         try:
             self._prepare()
-        except OSError as error:
-            self.problem = f"{self.folder}: {error.strerror or error}"
+        except (OSError, sqlite3.Error) as error:
+            self.problem = f"{self.folder}: {getattr(error, 'strerror', None) or error}"
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_writers": None}
@@ -80,6 +82,9 @@ class FeatureCache:
                 f"{path}: does not describe this run's features though the folder has their name, so it was damaged or "
                 "edited; remove the folder with `sharpprior cache clear`"
             )
+        store = Store(self.folder, self.spec.fingerprint, self.spec.payload_bytes)
+        store.put([], [])  # makes the file, before anybody reads it
+        store.close()
 
     def others(self) -> dict[str, list[str]]:
         """The other folders below the root, {fingerprint: names of what differs from this one's spec}."""
@@ -98,14 +103,9 @@ class FeatureCache:
         return FeatureReader(self.folder, self.spec)
 
     def writer(self, name: str) -> FeatureWriter:
-        """A writer with a thread and files of its own; `name` (of a rank, say) becomes part of their names."""
+        """A writer with a thread of its own; `name` (of a rank, say) is the thread's."""
         writer = FeatureWriter(
-            self.folder,
-            self.spec.layout,
-            name,
-            self.limit_bytes,
-            problem=self.problem,
-            prepare=self._prepare,
+            self.folder, self.spec, name, self.limit_bytes, problem=self.problem, prepare=self._prepare
         )
         self._writers.add(writer)
         return writer
@@ -118,10 +118,8 @@ class FeatureCache:
         """
         for writer in list(self._writers):
             writer.flush()
-        reader = self.reader()
-        reader.segments.refresh()
-        keys = [key for key in dict.fromkeys(keys) if key in reader.segments]
-        reader.segments.drop_from_memory(keys)
+        reader, keys = self.reader(), list(dict.fromkeys(keys))
+        reader.store.drop_from_memory()
         order = np.random.Generator(np.random.Philox(len(keys))).permutation(len(keys))
         started, read = time.perf_counter(), 0
         for at in range(0, len(keys), _PROBE_BATCH):

@@ -100,8 +100,8 @@ def dequantise(stored: Stored, computed: Sequence[Tensor] | None = None) -> list
     ]
 
 
-def decode(payload: Tensor, levels: Levels, dtype: str, into: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Level features [B, c, h, w] fp16 of payloads uint8 [B, P]: views of them for fp16, for int8 new or `into`."""
+def decode(payload: Tensor, levels: Levels, dtype: str) -> list[Tensor]:
+    """Level features [B, c, h, w] fp16 of payloads uint8 [B, P]: views of them for fp16, for int8 new."""
     found, at = [], 0
     if dtype == "fp16":
         for level in levels:
@@ -112,11 +112,11 @@ def decode(payload: Tensor, levels: Levels, dtype: str, into: Sequence[Tensor] |
     channels = sum(level[0] for level in levels)
     scales = payload[:, : 4 * channels].view(torch.float32).split([level[0] for level in levels], 1)
     at = 4 * channels
-    for n, (level, scale) in enumerate(zip(levels, scales, strict=True)):
+    for level, scale in zip(levels, scales, strict=True):
         size = math.prod(level)
         numbers = payload[:, at : at + size].view(torch.int8).float().unflatten(1, level)
         # One fp32 product and one rounding to fp16: IEEE arithmetic, the same on CPU and GPU.
         numbers.mul_(scale[:, :, None, None])
-        found.append(numbers.half() if into is None else into[n].copy_(numbers))
+        found.append(numbers.half())
         at += size
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +18,10 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from data.feature_cache.codec import Levels, decode
-from data.feature_cache.lookup import SegmentReader
 from data.feature_cache.spec import CacheSpec, crop_keys
+from data.feature_cache.store import Store
 
 log = logging.getLogger("sharpprior.data")
-
-_LOOK_AGAIN_S = 0.5  # between looks at what others have appended
-_MEMORY_BYTES_PER_S = 1e9  # slower than this, records come from a disk
 
 
 @dataclass
@@ -51,20 +49,15 @@ class FeatureReader:
     """Looks features up by crop; `attach` is a loader's `attach`. Picklable, and safe after a fork."""
 
     def __init__(self, folder: Path, spec: CacheSpec) -> None:
-        self.folder, self.spec = folder, spec
-        self._reset()
+        self.spec, self.store = spec, Store(folder, spec.fingerprint, spec.payload_bytes)
+        self._count_anew()
 
-    def _reset(self) -> None:
-        self._layout, self.stats, self._looked = self.spec.layout, ReadStats(), -math.inf
-        self.segments, self._process = SegmentReader(self.folder, self._layout), os.getpid()
-        self._from_disk, self._failed = True, False
-
-    def __getstate__(self) -> dict:
-        return {"folder": self.folder, "spec": self.spec}
+    def _count_anew(self) -> None:
+        self.stats, self._failed, self._process = ReadStats(), False, os.getpid()
 
     def __setstate__(self, state: dict) -> None:
-        self.folder, self.spec = state["folder"], state["spec"]
-        self._reset()
+        self.__dict__ = state
+        self._count_anew()
 
     def get(self, key: bytes) -> list[Tensor] | None:
         """The crop's level features, fp16 [c, h, w], or None."""
@@ -93,51 +86,33 @@ class FeatureReader:
     def read_batch(self, keys: Sequence[bytes]) -> tuple[list[Tensor], list[bool]]:
         """(L tensors fp16 [n, c, h, w] of the n keys found, in order; which keys those are)."""
         if self._process != os.getpid():
-            self._reset()  # of a forked child: its parent's counts and files are the parent's
-        self._look_for_new(keys)
-        known = [key in self.segments for key in keys]
-        reading = time.perf_counter()
-        if self._from_disk and sum(known) > 1:
-            self.segments.ask_for(key for key, there in zip(keys, known, strict=True) if there)
-        levels, hits = self._read_known(keys, known)
-        found = sum(hits)
-        # Asking ahead lets a disk read a batch at once, but for records in memory it is a call for nothing.
-        self._from_disk = (time.perf_counter() - reading) * _MEMORY_BYTES_PER_S > found * self._layout.record_bytes
-        self.stats.hits += found
-        self.stats.misses += len(keys) - found
-        self.stats.bytes += found * self._layout.record_bytes
-        self.stats.corrupt = self.segments.corrupt
+            self._count_anew()  # of a forked child
+        payloads = [self._payload(key) for key in keys]
+        hits = [payload is not None for payload in payloads]
+        found = [payload for payload in payloads if payload is not None]
+        stored = torch.empty(len(found), self.spec.payload_bytes, dtype=torch.uint8)
+        for row, payload in zip(stored.numpy(), found, strict=True):
+            row[:] = np.frombuffer(payload, np.uint8)
+        levels = _room_for(len(found), self.spec.levels)
+        decoded = decode(stored, self.spec.levels, self.spec.dtype)
+        for level, values in zip(levels, decoded, strict=True):
+            level.copy_(values)
+        self.stats.hits += len(found)
+        self.stats.misses += len(keys) - len(found)
+        self.stats.bytes += len(found) * self.spec.record_bytes
         return levels, hits
 
-    def _look_for_new(self, keys: Sequence[bytes]) -> None:
-        # A full cache needs no looks, but deleted segments hold their disk space until they are closed.
-        pause = _LOOK_AGAIN_S if any(key not in self.segments for key in keys) else 20 * _LOOK_AGAIN_S
-        if time.monotonic() - self._looked >= pause:
-            self.segments.refresh()
-            self._looked = time.monotonic()
-
-    def _read_known(self, keys: Sequence[bytes], known: Sequence[bool]) -> tuple[list[Tensor], list[bool]]:
-        spec, room = self.spec, sum(known)
-        levels = _room_for(room, spec.levels)
-        if spec.dtype == "fp16":  # read straight to where the features will be used
-            targets = [level.numpy() for level in levels]
-            used = sum(2 * math.prod(level) for level in spec.levels)
-            padding = [np.empty(self._layout.payload_bytes - used, np.uint8)]
-        else:
-            payload = torch.empty(room, self._layout.payload_bytes, dtype=torch.uint8)
-            targets, padding = [payload.numpy()], []
-        hits, found = [], 0
-        for key, there in zip(keys, known, strict=True):
-            hits.append(there and self.segments.read(key, [*(target[found] for target in targets), *padding]))
-            found += hits[-1]
-        levels = [level[:found] for level in levels]
-        if spec.dtype == "int8":
-            decode(payload[:found], spec.levels, spec.dtype, into=levels)
-        return levels, hits
+    def _payload(self, key: bytes) -> bytes | None:
+        """A record's payload; None, and counted, for one that is damaged or cannot be read."""
+        try:
+            return self.store.get(key)
+        except (ValueError, sqlite3.Error):
+            self.stats.corrupt += 1
+            return None
 
     def close(self) -> None:
-        """Close the open files; they are opened again when they are needed."""
-        self.segments.close()
+        """Close the file; it is opened again when it is needed."""
+        self.store.close()
 
 
 def _room_for(crops: int, levels: Levels) -> list[Tensor]:

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data.errors import DataError
-from data.feature_cache.codec import DTYPES, Levels
-from data.feature_cache.segments import KEY_BYTES, Layout
+from data.feature_cache.codec import DTYPES, Levels, payload_bytes
 
-FORMAT, VERSION = "sharpprior-features", 1
+FORMAT, VERSION = "sharpprior-features", 2
+KEY_BYTES = 16
+OVERHEAD_BYTES = 48  # of a record beside its payload: key, crc32, its place in the file
 META = "meta.json"
 
 
@@ -67,14 +68,14 @@ class CacheSpec:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
-    def layout(self) -> Layout:
-        """The form of a record."""
-        return Layout(self.fingerprint, self.levels, self.dtype)
+    def payload_bytes(self) -> int:
+        """Bytes of a crop's features in their stored form."""
+        return payload_bytes(self.levels, self.dtype)
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of a record on disk, header included."""
-        return self.layout.record_bytes
+        """Bytes that a crop takes on the disk, about."""
+        return self.payload_bytes + OVERHEAD_BYTES
 
     @classmethod
     def from_meta(cls, meta: dict) -> CacheSpec:

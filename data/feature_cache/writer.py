@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,11 +16,10 @@ import torch
 
 from data.errors import DataError
 from data.feature_cache.codec import Stored
-from data.feature_cache.lookup import SegmentReader
-from data.feature_cache.segments import ENTRY_BYTES, Layout, SegmentWriter, stems
+from data.feature_cache.spec import CacheSpec
+from data.feature_cache.store import Store, WritingLock
 
 log = logging.getLogger("sharpprior.data")
-_LARGEST_SEGMENT = 1 << 30
 _QUEUE_BYTES = 256 << 20
 
 
@@ -44,7 +44,7 @@ class FeatureWriter:
     def __init__(
         self,
         folder: Path,
-        layout: Layout,
+        spec: CacheSpec,
         name: str,
         limit_bytes: int,
         *,
@@ -55,11 +55,9 @@ class FeatureWriter:
         self.folder, self.name, self.stats = folder, name, WriteStats()
         self.stopped: str | None = None
         self._prepare = prepare  # makes the folder, which may have been deleted since
-        self._layout, self._limit, self._queue_bytes = layout, limit_bytes, queue_bytes
-        self._segment_bytes = min(_LARGEST_SEGMENT, limit_bytes // 8)
-        self._segment: SegmentWriter | None = None
-        self._known = SegmentReader(folder, layout)
-        self._check = np.empty(layout.payload_bytes, np.uint8)
+        self._spec, self._limit, self._queue_bytes = spec, limit_bytes, queue_bytes
+        self._store = Store(folder, spec.fingerprint, spec.payload_bytes)
+        self._lock: WritingLock | None = None
         self._waiting: deque[tuple[list[bytes], torch.Tensor, torch.Tensor, object]] = deque()
         self._waiting_bytes, self._busy, self._closed = 0, False, False
         self._changed, self._process = threading.Condition(), os.getpid()
@@ -73,16 +71,17 @@ class FeatureWriter:
         Features on a GPU are copied to pinned memory behind the work of the current stream. Raises DataError for
         features of another form than the cache's.
         """
-        if (stored.levels, stored.dtype) != (self._layout.levels, self._layout.dtype):
+        spec = self._spec
+        if (stored.levels, stored.dtype) != (spec.levels, spec.dtype):
             raise DataError(
-                f"feature cache: features {stored.dtype} {stored.levels} are not the cache's {self._layout.dtype} "
-                f"{self._layout.levels}; make the spec from the teacher that computes them"
+                f"feature cache: features {stored.dtype} {stored.levels} are not the cache's {spec.dtype} "
+                f"{spec.levels}; make the spec from the teacher that computes them"
             )
         if len(keys) != len(stored.payload):
             raise DataError(f"feature cache: {len(keys)} keys for {len(stored.payload)} crops; give one a crop")
         assert self._process == os.getpid(), "a writer belongs to the process that made it"
         assert not self._closed, "the writer is closed"
-        size = len(keys) * self._layout.payload_bytes
+        size = len(keys) * spec.payload_bytes
         with self._changed:
             full = self._waiting_bytes > 0 and self._waiting_bytes + size > self._queue_bytes
             if self.stopped is not None or full:
@@ -118,8 +117,7 @@ class FeatureWriter:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        self._end_segment()
-        self._known.close()
+        self._end()
 
     def __enter__(self) -> FeatureWriter:
         return self
@@ -143,9 +141,9 @@ class FeatureWriter:
                 self._write(keys, payload.numpy(), storable.numpy())
             except Exception as error:  # whatever it is, it is the cache's trouble and not the training's
                 self._stop(_reason(error, self.folder))
-                self._end_segment()
+                self._end()
             with self._changed:
-                self._waiting_bytes -= len(keys) * self._layout.payload_bytes
+                self._waiting_bytes -= len(keys) * self._spec.payload_bytes
                 self._busy = False
                 self._changed.notify_all()
 
@@ -153,49 +151,41 @@ class FeatureWriter:
         if self.stopped is not None:
             self.stats.dropped += len(keys)
             return
-        self._known.refresh()
+        if not self._store.path.exists():
+            self._prepare()
+            self._end()
+        if self._lock is None:
+            self._lock = WritingLock(self.folder)
         rows: dict[bytes, int] = {}
         for row, key in enumerate(keys):
             if not storable[row]:
                 self.stats.unstorable += 1
             # Read before it is believed: a damaged record that is reported missing must be written again.
-            elif key in rows or self._known.read(key, [self._check]):
+            elif key in rows or self._sound(key):
                 self.stats.duplicates += 1
             else:
                 rows[key] = row
-        self._append(list(rows), [payloads[row] for row in rows.values()])
-
-    def _append(self, keys: list[bytes], payloads: list[np.ndarray]) -> None:
-        size = self._layout.record_bytes + ENTRY_BYTES
-        while keys:
-            if self._segment is not None and (
-                self._segment.removed or self._segment.bytes + size > self._segment_bytes
-            ):
-                self._end_segment()
-            if self._segment is None:
-                self._prepare()
-                self._segment = SegmentWriter(self.folder, self._layout, self.name)
-            count = max(1, (self._segment_bytes - self._segment.bytes) // size)
-            some, keys = keys[:count], keys[count:]
-            rows, payloads = payloads[:count], payloads[count:]
-            if not self._room_for(len(some) * size):
-                self.stats.dropped += len(some) + len(keys)
-                return
-            self._segment.append(some, rows)
-            self.stats.written += len(some)
-            self.stats.bytes += len(some) * self._layout.record_bytes
-            self._room_for(0)  # once more: another writer may have taken the same room
-
-    def _room_for(self, needed: int) -> bool:
-        """Whether so many more bytes stay within the limit; else the writing ends."""
-        if sum(stems(self.folder).values()) + needed > self._limit:
+        room = max(0, self._limit // self._spec.record_bytes - len(self._store))
+        some = list(rows.items())[:room]
+        if some:
+            self._store.put([key for key, _ in some], [payloads[row] for _, row in some])
+        self.stats.written += len(some)
+        self.stats.bytes += len(some) * self._spec.record_bytes
+        if len(some) < len(rows):
+            self.stats.dropped += len(rows) - len(some)
             self._stop(f"{self.folder} has reached features.limit_gib, {self._limit / 2**30:.2f} GiB")
-        return self.stopped is None
 
-    def _end_segment(self) -> None:
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
+    def _sound(self, key: bytes) -> bool:
+        try:
+            return self._store.get(key) is not None
+        except ValueError:
+            return False
+
+    def _end(self) -> None:
+        self._store.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _stop(self, reason: str) -> None:
         if self.stopped is None:
@@ -215,6 +205,6 @@ def _to_host(stored: Stored) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.Eve
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    if isinstance(error, OSError):
-        return f"{folder}: {error.strerror or error}"
+    if isinstance(error, OSError | sqlite3.Error):
+        return f"{folder}: {getattr(error, 'strerror', None) or error}"
     return f"{type(error).__name__}: {error}"

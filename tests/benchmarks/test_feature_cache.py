@@ -27,8 +27,8 @@ import torch
 
 from data.feature_cache.cache import FeatureCache
 from data.feature_cache.codec import decode, dequantise, quantise
-from data.feature_cache.segments import crc32
 from data.feature_cache.spec import CacheSpec, crop_key
+from data.feature_cache.store import crc32
 from data.workers import worker_context
 
 LEVELS = ((24, 48, 48), (40, 24, 24), (112, 12, 12), (320, 6, 6))
@@ -83,7 +83,7 @@ class Peer:
 
     def read(self, keys: list[bytes]) -> list[torch.Tensor]:
         """Straight into one array a batch: no copy more than ours."""
-        payload = np.empty((len(keys), SPEC.layout.payload_bytes), np.uint8)
+        payload = np.empty((len(keys), SPEC.payload_bytes), np.uint8)
         for row, value, crc in self.values(keys):
             payload[row] = np.frombuffer(value, np.uint8)
             assert crc is None or crc32(payload[row]) == int.from_bytes(crc, "little")
@@ -232,14 +232,14 @@ def stores() -> list[str]:
 def report(benchmark, capsys, title: str, seconds: dict[str, list[float]]) -> None:
     """Print and record MB/s of fp16 features, ms a record, and ratios to ours."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    size = SPEC.layout.payload_bytes / 1e6
+    size = SPEC.payload_bytes / 1e6
     rows = []
     for name, value in median.items():
         benchmark.extra_info[f"{name}_MB_per_s"] = round(size / value, 1)
         benchmark.extra_info[f"{name}_over_ours"] = round(value / median["ours"], 2)
         rows.append(f"{name} {value * 1e3:.3f} ms, {size / value:.0f} MB/s, {value / median['ours']:.2f}× ours'")
     with capsys.disabled():
-        print(f"\n{title}, a record of {SPEC.layout.payload_bytes / 1e3:.0f} kB (times relative to ours):")
+        print(f"\n{title}, a record of {SPEC.payload_bytes / 1e3:.0f} kB (times relative to ours):")
         print("\n".join(f"  {row}" for row in rows))
         for name, package in PEERS.items():
             if name not in median:

@@ -6,7 +6,6 @@ import torch
 from data.feature_cache.cache import FeatureCache
 from data.feature_cache.codec import quantise
 from data.feature_cache.folders import default_root
-from data.feature_cache.segments import stems
 from data.feature_cache.spec import CacheSpec, crop_key
 
 KEYS = [crop_key("a", (n, 0, 64), False) for n in range(3)]
@@ -28,7 +27,7 @@ def test_stats_name_teacher_form_and_size_of_every_folder(caches, sharpprior):
     status, out, _ = sharpprior("cache", "stats", caches[0].root)
     assert status == 0
     for cache in caches:
-        assert f"{cache.spec.fingerprint}: 3 records in 1 segment, 0.0 MiB\n" in out
+        assert f"{cache.spec.fingerprint}: 3 records, 0." in out
     assert "efficientnet_lite0-1234" in out
     assert "fp16, levels 2×3×4 5×1×1" in out
     assert '{"boxes": 16}' in out
@@ -38,19 +37,20 @@ def test_stats_name_teacher_form_and_size_of_every_folder(caches, sharpprior):
             [crop_key("b", (0, 0, 64), False)], quantise([torch.randn(1, *x) for x in ((2, 3, 4), (5, 1, 1))], "fp16")
         )
         writer.flush()
-        assert "4 records in 2 segments, 0.0 MiB, 1 writer at work" in sharpprior("cache", "stats", caches[0].root)[1]
+        assert ", a run writes to it" in sharpprior("cache", "stats", caches[0].root)[1]
 
 
 def test_verify_names_what_is_damaged(caches, sharpprior):
     root = caches[0].root
     assert sharpprior("cache", "verify", root)[:2] == (0, f"{root}: 6 records, sound\n")
-    (stem,) = stems(caches[1].folder)
-    seg = caches[1].folder / f"{stem}.seg"
-    whole = bytearray(seg.read_bytes())
-    whole[caches[1].spec.record_bytes + 100] ^= 1
-    seg.write_bytes(whole)
+    store = caches[1].reader().store
+    whole = store.path.read_bytes()
+    payload = store.get(KEYS[1])
+    store.close()
+    assert whole.count(payload) == 1
+    store.path.write_bytes(whole.replace(payload, b"x" + payload[1:]))
     status, out, error = sharpprior("cache", "verify", root)
-    assert (status, out) == (1, f"{seg}: record 1 is damaged or cut off\n")
+    assert (status, out) == (1, f"{store.path}: record 2 is damaged\n")
     assert error == f"error: {root}: 1 problem\n"
 
 
@@ -115,3 +115,15 @@ def test_a_folder_that_is_not_there_is_an_error_of_one_line(tmp_path, sharpprior
 def test_without_a_folder_the_runs_default_is_meant(sharpprior, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     assert sharpprior("cache", "stats")[:2] == (0, f"{default_root()}: 0 folders, 0.0 MiB\n")
+
+
+def test_a_folder_of_the_first_version_is_told_and_can_be_cleared(tmp_path, sharpprior):
+    folder = tmp_path / ("0" * 32)
+    folder.mkdir()
+    (folder / "meta.json").write_text('{"format": "sharpprior-features", "version": 1}')
+    for name in (f"{'1' * 20}-host-1-0-rank0.seg", f"{'1' * 20}-host-1-0-rank0.idx", "eviction.lock"):
+        (folder / name).write_bytes(b"old")
+    said = sharpprior("cache", "stats", tmp_path)[1]
+    assert "this version reads sharpprior-features 2; no run uses this folder" in said
+    assert sharpprior("cache", "clear", tmp_path)[0] == 0
+    assert not folder.exists()

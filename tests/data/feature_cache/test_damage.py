@@ -1,4 +1,4 @@
-"""No damage to the cache's files, and no killed writer, makes a reader return a wrong feature or fail."""
+"""No damage to the cache's file, and no killed writer, makes a reader return a wrong feature, fail or die."""
 
 import os
 import random
@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.feature_cache import segments as segments
+from data.feature_cache import store
 from data.feature_cache.cache import FeatureCache
 from data.feature_cache.codec import dequantise, quantise
 from data.feature_cache.folders import verify
-from data.feature_cache.segments import ENTRY_BYTES, SegmentWriter, stems
 from data.feature_cache.spec import CacheSpec, crop_key
+from data.feature_cache.store import FILE
 from data.workers import worker_context
 
 LEVELS = ((2, 1, 2), (1, 3, 1))
@@ -24,15 +24,14 @@ KEYS = [crop_key("photo", (n, 0, 32), bool(n % 2)) for n in range(3)]
 
 
 def small(root: Path, dtype: str) -> tuple[FeatureCache, list[list[torch.Tensor]], Path]:
-    """A cache of three records, what they hold, and the path of their segment without its ending."""
+    """A cache of three records, what they hold, and its file."""
     cache = FeatureCache(root, CacheSpec("teacher", LEVELS, {}, dtype), limit_bytes=1 << 20)
     generator = torch.Generator().manual_seed(7)
     stored = quantise([torch.randn(3, *level, generator=generator) for level in LEVELS], dtype)
     with cache.writer("w") as writer:
         writer.put(KEYS, stored)
     levels = dequantise(stored)
-    (stem,) = stems(cache.folder)
-    return cache, [[level[n] for level in levels] for n in range(3)], cache.folder / stem
+    return cache, [[level[n] for level in levels] for n in range(3)], cache.folder / FILE
 
 
 def served(cache: FeatureCache, wanted: list[list[torch.Tensor]]) -> tuple[list[bool], int]:
@@ -47,121 +46,58 @@ def served(cache: FeatureCache, wanted: list[list[torch.Tensor]]) -> tuple[list[
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
-@pytest.mark.parametrize("kind", ["seg", "idx"])
-def test_any_flipped_byte_makes_its_record_a_miss_that_is_counted(tmp_path, dtype, kind):
-    cache, wanted, stem = small(tmp_path, dtype)
-    path = stem.with_name(f"{stem.name}.{kind}")
+def test_no_flipped_byte_gives_a_wrong_feature_and_one_of_a_payload_is_its_records_alone(tmp_path, monkeypatch, dtype):
+    monkeypatch.setitem(store._PRAGMAS, "page_size", 512)  # a file of kilobytes, every byte of which can be tried
+    cache, wanted, path = small(tmp_path, dtype)
     whole = path.read_bytes()
-    size = cache.spec.record_bytes if kind == "seg" else ENTRY_BYTES
-    assert len(whole) == 3 * size
+    payloads = [whole.index(cache.reader().store.get(key)) for key in KEYS]
+    length = cache.spec.payload_bytes
     for position in range(len(whole)):
-        for mask in (1 << position % 8, 0xFF):
-            damaged = bytearray(whole)
-            damaged[position] ^= mask
-            path.write_bytes(damaged)
-            hits, corrupt = served(cache, wanted)
-            assert hits == [record != position // size for record in range(3)], position
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8 if position % 2 else 0xFF
+        path.write_bytes(damaged)
+        for beside in cache.reader().store.files()[1:]:
+            beside.unlink(missing_ok=True)
+        hits, corrupt = served(cache, wanted)
+        if any(start <= position < start + length for start in payloads):
+            assert hits == [not start <= position < start + length for start in payloads]
             assert corrupt == 1
     path.write_bytes(whole)
     assert served(cache, wanted) == ([True] * 3, 0)
 
 
-@pytest.mark.parametrize("kind", ["seg", "idx"])
-def test_a_file_cut_at_any_length_serves_the_records_before_the_cut(tmp_path, kind):
-    cache, wanted, stem = small(tmp_path, "fp16")
-    path = stem.with_name(f"{stem.name}.{kind}")
+def test_a_file_cut_at_any_length_gives_no_wrong_feature(tmp_path, monkeypatch):
+    monkeypatch.setitem(store._PRAGMAS, "page_size", 512)
+    cache, wanted, path = small(tmp_path, "fp16")
     whole = path.read_bytes()
-    size = len(whole) // 3
-    for length in range(len(whole)):
+    for length in range(0, len(whole), 3):
         path.write_bytes(whole[:length])
-        hits, corrupt = served(cache, wanted)
-        left = length // size
-        assert hits == [record < left for record in range(3)]
-        # A torn index is what a killed writer leaves; an index that promises more than its segment has is damage.
-        assert corrupt == (3 - left if kind == "seg" else 0)
+        served(cache, wanted)
+    for foreign in (b"", b"not a database", os.urandom(5000), whole + os.urandom(700)):
+        path.write_bytes(foreign)
+        served(cache, wanted)
+        with cache.writer("w") as writer:  # says so at most, and goes on
+            writer.put(KEYS, quantise([torch.zeros(3, *level) for level in LEVELS], "fp16"))
 
 
-def test_foreign_bytes_and_files_are_ignored(tmp_path):
-    cache, wanted, stem = small(tmp_path, "fp16")
-    seg, idx = (stem.with_name(f"{stem.name}.{kind}") for kind in ("seg", "idx"))
-    with open(seg, "ab") as file:
-        file.write(b"tail of a killed writer")
-    with open(idx, "ab") as file:
-        file.write(b"torn")
-    for name in ("notes.txt", "x.idx", ".idx", f"{stem.name}.idx.bak", f"{'9' * 20}-h-1-0-a.seg"):
-        (cache.folder / name).write_bytes(os.urandom(200))
-    (cache.folder / f"{'8' * 20}-h-1-0-a.idx").mkdir()
-    (cache.folder / f"{'7' * 20}-h-1-0-a.idx").symlink_to("nowhere")
-    assert served(cache, wanted) == ([True] * 3, 0)
-    (cache.folder / f"{'6' * 20}-h-1-0-a.idx").write_bytes(bytes(100))  # holes of a crashed machine
-    (cache.folder / f"{'5' * 20}-h-1-0-a.idx").write_bytes(os.urandom(96))
-    assert served(cache, wanted) == ([True] * 3, 6)
-
-
-def test_an_index_without_its_segment_and_a_segment_without_its_index_are_misses(tmp_path):
-    cache, wanted, stem = small(tmp_path, "fp16")
-    seg, idx = (stem.with_name(f"{stem.name}.{kind}") for kind in ("seg", "idx"))
-    whole = idx.read_bytes()
-    seg.rename(tmp_path / "seg")
-    assert served(cache, wanted) == ([False] * 3, 0)
-    (tmp_path / "seg").rename(seg)
-    idx.unlink()
-    assert served(cache, wanted) == ([False] * 3, 0)
-    idx.write_bytes(whole)
-    assert served(cache, wanted) == ([True] * 3, 0)
-
-
-def test_entries_and_records_in_another_order_are_not_believed(tmp_path):
-    cache, wanted, stem = small(tmp_path, "fp16")
-    seg, idx = (stem.with_name(f"{stem.name}.{kind}") for kind in ("seg", "idx"))
-    size, whole, entries = cache.spec.record_bytes, seg.read_bytes(), idx.read_bytes()
-    seg.write_bytes(whole[size:] + whole[:size])  # each record is sound, none is where its entry says
-    assert served(cache, wanted) == ([False] * 3, 3)
-    seg.write_bytes(whole)
-    idx.write_bytes(entries[ENTRY_BYTES:] + entries[:ENTRY_BYTES])
-    assert served(cache, wanted) == ([False] * 3, 3)
-
-
-def test_a_damaged_record_is_written_again_and_the_second_copy_served(tmp_path):
-    cache, wanted, stem = small(tmp_path, "fp16")
-    seg = stem.with_name(f"{stem.name}.seg")
-    damaged = bytearray(seg.read_bytes())
-    damaged[cache.spec.record_bytes - 1] ^= 4
-    seg.write_bytes(damaged)
+def test_a_damaged_record_is_written_again(tmp_path):
+    cache, wanted, path = small(tmp_path, "fp16")
+    whole = path.read_bytes()
+    payload = cache.reader().store.get(KEYS[0])
+    path.write_bytes(whole.replace(payload, payload[:-9] + bytes([payload[-9] ^ 4]) + payload[-8:]))
     assert served(cache, wanted) == ([False, True, True], 1)
     stored = quantise([torch.stack([levels[n] for levels in wanted]) for n in range(len(LEVELS))], "fp16")
     with cache.writer("again") as writer:
         writer.put(KEYS, stored)
         writer.flush()
         assert (writer.stats.written, writer.stats.duplicates) == (1, 2)
-    assert served(cache, wanted) == ([True] * 3, 1)
-
-
-def test_an_entry_that_is_being_written_is_waited_for(tmp_path):
-    cache, _, _ = small(tmp_path, "fp16")
-    writer = SegmentWriter(cache.folder, cache.spec.layout, "slow")
-    payload = np.zeros(cache.spec.layout.payload_bytes, np.uint8)
-    key = crop_key("late", (0, 0, 32), False)
-    writer.append([key], [payload])
-    path = cache.folder / f"{writer.stem}.idx"
-    entry = path.read_bytes()
-    path.write_bytes(bytes(ENTRY_BYTES))
-    reader = cache.reader()
-    reader.segments.refresh()
-    assert key not in reader.segments
-    assert reader.segments.corrupt == 0
-    path.write_bytes(entry[:20])
-    reader.segments.refresh()
-    path.write_bytes(entry)
-    reader.segments.refresh()
-    assert reader.get(key) is not None
-    writer.close()
+    assert served(cache, wanted) == ([True] * 3, 0)
 
 
 def test_checksums_are_zlibs_whichever_library_computes_them():
     for size in (0, 1, 63, 64, 65, 4096, 100_001):
         data = np.arange(size, dtype=np.uint32).astype(np.uint8)
-        assert segments.crc32(data, 12345) == zlib.crc32(data, 12345)
+        assert store.crc32(data, 12345) == zlib.crc32(data, 12345)
 
 
 # -- killed writers ---------------------------------------------------------------------------------------------------
@@ -189,22 +125,16 @@ def test_killed_writers_leave_no_bad_record(tmp_path):
     cache = FeatureCache(tmp_path, CacheSpec("teacher", BIG, {}, "fp16"), limit_bytes=1 << 30)
     context, chance, start = worker_context(), random.Random(5), 0
     for _ in range(8):
-        before = set(stems(cache.folder))
         writer = context.Process(target=write_for_ever, args=(cache, start))
         writer.start()
-        want = chance.randrange(1, 40 * cache.spec.record_bytes)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            new = [cache.folder / f"{stem}.seg" for stem in set(stems(cache.folder)) - before]
-            if new and new[0].exists() and new[0].stat().st_size >= want:
-                break
+        want, reader, deadline = start + chance.randrange(1, 40), cache.reader(), time.monotonic() + 60
+        while time.monotonic() < deadline and len(reader.store) < want:
             time.sleep(chance.random() / 500)
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
         assert writer.exitcode == -signal.SIGKILL
         reader = cache.reader()
-        reader.segments.refresh()
-        there = [n for n in range(start, start + 400) if record_of(n)[0] in reader.segments]
+        there = [n for n in range(start, start + 400) if reader.store.get(record_of(n)[0]) is not None]
         for number in there:
             key, levels = record_of(number)
             found = reader.get(key)
@@ -215,4 +145,4 @@ def test_killed_writers_leave_no_bad_record(tmp_path):
         start += len(there)
     assert start > 8
     (folder,) = verify(tmp_path)
-    assert (folder.damaged, folder.records, folder.writers) == ([], start, 0)
+    assert (folder.damaged, folder.records, folder.writing) == ([], start, False)
