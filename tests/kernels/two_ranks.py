@@ -55,7 +55,9 @@ def rank_main(rank: int, world: int, strategy: str, folder: str) -> None:
         engine = torch.nn.parallel.DistributedDataParallel(spe)
     else:
         import deepspeed
+        import deepspeed.ops
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for a minute
         config = {
             "train_micro_batch_size_per_gpu": BATCH // world,
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
