@@ -15,12 +15,15 @@ def with_gradients(function: Callable[[list[Tensor]], Tensor], inputs: Sequence[
 
 
 def assert_close_as_eager(tested, eager, exact, dtype: torch.dtype, rms: float) -> None:
-    """|tested − exact| ≤ 2·(|eager − exact|∞ + eps·|exact|∞), and the RMS of the error ≤ rms of the RMS of exact."""
+    """|tested − exact| ≤ 3·(|eager − exact|∞ + eps·|exact|∞), and the RMS of the error ≤ rms of the RMS of exact.
+
+    3: eager's own largest error differs by half with the vector units of the CPU that sums (2.4 times was seen on one).
+    """
     eps = torch.finfo(dtype).eps
     for index, (a, b, truth) in enumerate(zip(tested, eager, exact, strict=True)):
         a, b = a.double(), b.double()
         assert a.shape == truth.shape
-        bound = 2 * ((b - truth).abs().max() + eps * truth.abs().max())
+        bound = 3 * ((b - truth).abs().max() + eps * truth.abs().max())
         error = (a - truth).abs().max()
         assert error <= bound, f"result {index}: error {error:.3e} above {bound:.3e}"
         relative = (a - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp_min(1e-300)
