@@ -148,11 +148,13 @@ def stats(
 ) -> None:
     """Severity histogram, input PSNR per tier and sizes of what a run would train on."""
     from data.look.stats import set_stats, write_histogram
+    from data.stream.config import StreamConfig
 
     if out is not None and out.exists() and not overwrite:
         raise ValueError(f"{out}: exists: choose another name, or --overwrite")
     settings = _settings(config, set_)
-    stream = settings.data.model_copy(update={"workers": workers, "crop": crop or settings.data.crop})
+    # Not the run's groups and windows: they are of its batches and ranks, and say nothing about a set.
+    stream = StreamConfig(crop=crop or settings.data.crop, margin=settings.data.margin, workers=workers)
     seed = settings.run.seed if seed is None else seed
     found = set_stats(_open(shards, settings), settings.blur, stream, pairs=pairs, seed=seed)
     for line in found.lines():

@@ -34,6 +34,14 @@ def test_tiers_come_in_their_shares_with_extents_inside_their_bounds(tmp_path):
     assert len(stats.histogram) == len(EXTENT_EDGES) - 1
 
 
+def test_the_command_describes_a_set_whatever_order_and_groups_a_run_wants(sharpprior):
+    command = ("stats", SAMPLES / "val", "--pairs", "12", "--crop", "96")
+    plain = sharpprior(*command)
+    assert plain[0] == 0
+    assert "12 pairs drawn" in plain[1]
+    assert sharpprior(*command, "--set", "data.canonical_groups=13", "--set", "data.window=1") == plain
+
+
 def test_recorded_pairs_have_psnr_but_no_extent(make_set):
     stream = StreamConfig(crop=32, workers=0)
     stats = set_stats(ShardSet(make_set([3], kind="pairs")), BlurConfig(), stream, pairs=5)
