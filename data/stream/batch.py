@@ -111,13 +111,19 @@ def finish(made: Made, device: torch.device | str | None, samples_consumed: int)
 
 
 def _columns(pairs: Sequence[BlurPair], device: torch.device | str) -> dict[str, Any]:
-    """The part of a batch that is known once pixels are: images and what was measured on them."""
+    """The part of a batch that is known once pixels are: images and what was measured on them.
+
+    The images' memory stays as pictures are, a pixel's channels side by side, which convolutions on a CPU are sensitive
+    to in their last bits; what a GPU rendered is put plane by plane.
+    """
     images = {
-        name: torch.stack([torch.as_tensor(getattr(pair, name)).to(device) for pair in pairs])
+        name: torch.stack([torch.as_tensor(getattr(pair, name)).to(device) for pair in pairs]).permute(0, 3, 1, 2)
         for name in ("blurry", "sharp")
     }
+    if device != "cpu":
+        images = {name: image.contiguous() for name, image in images.items()}
     return {
-        **{name: image.permute(0, 3, 1, 2).contiguous() for name, image in images.items()},
+        **images,
         **{name: [pair.meta[name] for pair in pairs] for name in ("tier", "generator")},
         **{name: np.array([pair.meta[name] for pair in pairs], np.float32) for name in ("extent", "input_psnr")},
     }
