@@ -57,11 +57,13 @@ class Store:
         self.close()
         if identity[1] is None and not make:
             return None
-        connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-        for name, value in _PRAGMAS.items():
-            connection.execute(f"pragma {name} = {value}")
-        if make:
-            connection.execute(_TABLE)
+        # SQLite does not wait for another process that turns a new file to its journal mode: one at a time.
+        with _locked(self.path.parent) if make else contextlib.nullcontext():
+            connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            for name, value in _PRAGMAS.items():
+                connection.execute(f"pragma {name} = {value}")
+            if make:
+                connection.execute(_TABLE)
         self._connection, self._identity = connection, self._identity_now()
         return connection
 
@@ -142,6 +144,18 @@ class Store:
         elif self._connection is not None:
             _INHERITED.append(self._connection)  # of a process that forked this one: SQLite must not close it here
         self._connection, self._identity = None, ()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 class WritingLock:

@@ -3,7 +3,9 @@
 import json
 import math
 import multiprocessing
+import os
 import shutil
+import sqlite3
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from data.errors import DataError
 from data.feature_cache.cache import FeatureCache
 from data.feature_cache.codec import Stored, dequantise, quantise
 from data.feature_cache.spec import CacheSpec, crop_key
-from data.feature_cache.store import FILE
+from data.feature_cache.store import FILE, Store
 from data.workers import worker_context
 from tests.data.feature_cache.caches import LEVELS, LIMIT, a_cache, features, fill, keys_of, same
 from tests.data.streams import loader
@@ -217,6 +219,33 @@ def test_records_of_other_processes_are_found_without_reopening(tmp_path):
     stored = quantise(features(5), "fp16")
     for name in ("a", "b"):
         assert all(same(reader.get(key), stored, row) for row, key in enumerate(keys_of(name)))
+
+
+def open_together(root, barrier, results) -> None:
+    failed = []
+    for n in range(150):
+        folder = root / str(n)
+        barrier.wait()
+        folder.mkdir(exist_ok=True)
+        try:
+            store = Store(folder, "a fingerprint", 8)
+            store.put([os.urandom(16)], [np.zeros(8, np.uint8)])
+            store.close()
+        except sqlite3.Error as error:
+            failed.append(f"{error}")
+    results.put(failed)
+
+
+def test_ranks_that_open_a_new_cache_at_the_same_moment_all_use_it(tmp_path):
+    context = worker_context()
+    barrier, results = context.Barrier(4), context.SimpleQueue()
+    ranks = [context.Process(target=open_together, args=(tmp_path, barrier, results)) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    assert [results.get() for _ in ranks] == [[]] * 4
+    for rank in ranks:
+        rank.join()
+    assert {len(Store(tmp_path / str(n), "a fingerprint", 8)) for n in range(150)} == {4}
 
 
 def test_a_growing_file_is_followed(tmp_path):
