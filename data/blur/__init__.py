@@ -9,7 +9,6 @@ from data.blur.config import BlurConfig
 from data.blur.pair import BlurPair, pair_of_plan, synthesize_pair
 from data.blur.rng import sample_rng
 from data.blur.severity import TIERS, severity_of
-from data.image import psnr
 
 __all__ = [
     "TIERS",
@@ -20,7 +19,6 @@ __all__ = [
     "draw_attempt",
     "pair_of_plan",
     "plan_pair",
-    "psnr",
     "sample_rng",
     "severity_of",
     "synthesize_pair",
