@@ -14,6 +14,15 @@ def image(*size: int) -> torch.Tensor:
     return torch.rand(*size, generator=torch.Generator().manual_seed(0))
 
 
+def awake(network: torch.nn.Module) -> torch.nn.Module:
+    """Its parameters moved a little: what starts at zero hides what comes before it."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
 def with_prior(name: str, **student: object):
     """The backbone with its defaults, and a small prior at all its points."""
     options = {"name": "light", "width": 8, **student}
@@ -34,7 +43,9 @@ def test_every_size_is_restored_with_the_full_size_last(name, size):
 
 @every
 def test_a_fresh_prior_leaves_it_as_it_was_to_the_bit(name):
-    network, x = with_prior(name), image(2, 3, 64, 96)
+    network = with_prior(name)
+    awake(network.backbone)
+    x = image(2, 3, 2 * network.multiple, 3 * network.multiple)
     with torch.no_grad():
         alone = network.backbone(x)
         together = network(x).restored
@@ -45,10 +56,7 @@ def test_a_fresh_prior_leaves_it_as_it_was_to_the_bit(name):
 
 @every
 def test_each_point_is_called_once_with_what_it_declares_and_what_comes_back_is_used(name):
-    network = build_backbone(name)
-    with torch.no_grad():
-        for parameter in network.parameters():  # what starts at zero hides what comes before it
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    network = awake(build_backbone(name))
     side, called = 2 * network.stride_multiple, []
     x = image(1, 3, side, side)
 
@@ -66,10 +74,8 @@ def test_each_point_is_called_once_with_what_it_declares_and_what_comes_back_is_
 
 @every
 def test_a_sample_does_not_see_the_others_and_every_parameter_learns(name):
-    network, x = build_backbone(name), image(2, 3, 64, 64)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    network = awake(build_backbone(name))
+    x = image(2, 3, 4 * network.stride_multiple, 4 * network.stride_multiple)
     torch.testing.assert_close(network(x)[-1][:1], network(x[:1])[-1], rtol=1e-3, atol=1e-3)
     sum(out.square().mean() for out in network(x)).backward()
     assert [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
