@@ -63,24 +63,16 @@ class Deblurrer(nn.Module):
         height, width = blurry.shape[-2:]
         padded = pad_to_multiple(blurry, self.multiple)
         levels, features = self.prior(padded) if self.prior is not None else (None, None)
-        restored: tuple[torch.Tensor, ...] = ()
-        if not prior_only:
-            restored = self._restore(padded, levels)
-            restored = tuple(
-                r[
-                    ...,
-                    : math.ceil(height * r.shape[-2] / padded.shape[-2]),
-                    : math.ceil(width * r.shape[-1] / padded.shape[-1]),
-                ]
-                for r in restored
-            )
+
+        def cropped(maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            """The part of each map that stands for the image, without what stands for the padding alone."""
+            rows, columns = padded.shape[-2:]
+            return tuple(m[..., : -(-height * m.shape[-2] // rows), : -(-width * m.shape[-1] // columns)] for m in maps)
+
+        restored = () if prior_only else cropped(self._restore(padded, levels))
         if levels is None:
             return Deblurred(restored, None)
-        cells = [(math.ceil(height / s), math.ceil(width / s)) for s in self.prior.strides]
-        levels, own = (
-            tuple(x[..., :h, :w] for x, (h, w) in zip(pyramid, cells, strict=True)) for pyramid in (levels, features)
-        )
-        return Deblurred(restored, levels, own if self.prior.comparable else None)
+        return Deblurred(restored, cropped(levels), cropped(features) if self.prior.comparable else None)
 
     def _restore(self, padded: torch.Tensor, levels: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
         if not self.spe:
@@ -122,10 +114,7 @@ def build_deblurrer(config: ModelConfig, *, seed: int = 0, read_weights: bool = 
             read=read_weights,
             seed=seed,
         )
-        splits = [level_channels(spec) for spec in specs]
-        channels = [sum(level) for level in zip(*splits, strict=True)]
-        options = {"fusion": student.fusion, "first": splits[0]}
-        prior = PriorNetwork(encoder, channels, student.width, student.residual, **options)
+        prior = PriorNetwork(encoder, [level_channels(spec) for spec in specs], student)
         return Deblurrer(network, prior, config.spe)
 
 

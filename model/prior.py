@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.config import StudentConfig
 from model.encoder import Encoder
-from model.names import choose
 from model.statistics import FeatureStatistics
-
-FUSIONS = ("cross_level", "same_level")
 
 
 class Fusion(nn.Module):
@@ -39,41 +37,31 @@ class PriorNetwork(nn.Module):
     (then o starts at 0 and the prior starts as the teacher's features of the blurry image), else the teacher's mean.
     That residual is our choice; the fusion is review distillation's (Chen et al., CVPR 2021).
 
-    fusion "same_level" leaves the fusion out, g_l = f_l(s_l): every level is predicted from its own level alone, what
-    cross-level learning is compared with.
-    first: the channels of the first of several teachers, whose features the others' follow; the student's own features
-    can be the base of that part alone (None: there is one teacher).
+    teachers: each teacher's channels (c_1, …, c_L); their features are put side by side, and the student's own can be
+    the base of the first teacher's part alone.
+    config: `width`, `fusion` and `residual`. fusion same_level leaves the fusion out, g_l = f_l(s_l), what cross-level
+    learning is compared with; residual False forces the plain form, whose base is the teacher's mean.
     `calibrate` must be called once on a fresh network, before training; the numbers are part of its state dict.
-    `residual` False forces the plain form, whose base is the teacher's mean.
+    ValueError if the levels differ in number, or a residual prior has no base.
     """
 
-    def __init__(
-        self,
-        student: Encoder,
-        channels: Sequence[int],
-        width: int = 64,
-        residual: bool | None = None,
-        *,
-        fusion: str = "cross_level",
-        first: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, student: Encoder, teachers: Sequence[Sequence[int]], config: StudentConfig) -> None:
         super().__init__()
+        channels, first = tuple(map(sum, zip(*teachers, strict=True))), tuple(teachers[0])
         if len(channels) != len(student.channels):
             raise ValueError(f"the student has {len(student.channels)} levels, the teacher {len(channels)}")
-        choose("fusion", fusion, FUSIONS)
-        first = tuple(channels if first is None else first)
         self.comparable = first == student.channels
-        if residual and not self.comparable:
+        if config.residual and not self.comparable:
             raise ValueError(
                 f"a residual prior needs the teacher's channels {list(first)}, but student {student.spec.name} has "
                 f"{list(student.channels)}: leave residual out, or name the teacher's architecture"
             )
-        self.student, self.channels, self.strides = student, tuple(channels), student.strides
-        self.residual = self.comparable if residual is None else residual
+        self.student, self.channels, self.strides = student, channels, student.strides
+        self.residual, width = self.comparable if config.residual is None else config.residual, config.width
         self.statistics = FeatureStatistics(channels)
         self.student_statistics = FeatureStatistics(student.channels)
         self.project = nn.ModuleList(nn.Conv2d(c, width, 1) for c in student.channels)
-        self.fuse = nn.ModuleList(Fusion(width) for _ in channels[:-1] if fusion == "cross_level")
+        self.fuse = nn.ModuleList(Fusion(width) for _ in channels[:-1] if config.fusion == "cross_level")
         self.predict = nn.ModuleList(nn.Conv2d(width, c, 3, padding=1) for c in channels)
         if self.residual:
             for conv in self.predict:
