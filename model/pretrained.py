@@ -47,10 +47,19 @@ class SafetensorsWriter:
         self._header = len(text).to_bytes(8, "little") + text
 
     def __enter__(self) -> "SafetensorsWriter":
-        self._replacing = _replacing(self.path)
-        self._file = self._replacing.__enter__()
-        self._file.write(self._header)
-        return self
+        self._opened = self._open()
+        return self._opened.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator["SafetensorsWriter"]:
+        with _replacing(self.path) as self._file:
+            self._file.write(self._header)
+            yield self
+            if self._written != len(self._layout):
+                raise ValueError(f"{self.path}: {self._written} of {len(self._layout)} tensors were written")
 
     def write(self, tensor: torch.Tensor) -> None:
         """The next tensor, cast to the dtype that the layout names."""
@@ -60,13 +69,6 @@ class SafetensorsWriter:
         flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
         self._file.write(memoryview(flat.view(torch.uint8).numpy()))
         self._written += 1
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if kind is None and self._written != len(self._layout):
-            error = ValueError(f"{self.path}: {self._written} of {len(self._layout)} tensors were written")
-        self._replacing.__exit__(type(error) if error is not None else None, error, trace)
-        if kind is None and error is not None:
-            raise error
 
 
 def config_text(config: Mapping[str, Any]) -> str:
@@ -150,14 +152,15 @@ def load_state(path: str | Path) -> dict[str, torch.Tensor]:
 def load_pretrained(model: nn.Module, path: str | Path) -> None:
     """Load a folder's or file's state dict into `model`, strictly; ValueError names the keys and shapes that do not
     fit."""
-    load_strictly(model, load_state(path), str(_weights_file(path)))
+    refusal, advice = f"{_weights_file(path)} does not fit this model", ": build it from the config saved with it"
+    load_strictly(model, load_state(path), refusal, advice)
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
-    """Load `state` (read from `where`) into `model`, casting to the model's dtypes.
+def load_strictly(model: nn.Module, state: Mapping[str, torch.Tensor], refusal: str, advice: str = "") -> None:
+    """Load `state` into `model`, casting to the model's dtypes.
 
-    Nothing is loaded unless every key and shape fits; the ValueError names the first of what is missing, unexpected, or
-    of another shape, and how many there are.
+    Nothing is loaded unless every key and shape fits; the ValueError, between `refusal` and `advice`, names the first
+    of what is missing, unexpected, or of another shape, and how many there are.
     """
     wanted = model.state_dict()
     missing = [key for key in wanted if key not in state]
@@ -169,13 +172,11 @@ def load_strictly(model: nn.Module, state: Mapping[str, torch.Tensor], where: st
     ]
     problems = [
         f"{what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for what, keys in (("lacks", missing), ("has the unexpected", unexpected), ("has another shape for", shapes))
         if keys
     ]
     if problems:
-        raise ValueError(
-            f"{where} does not fit this model: {'; '.join(problems)}: build it from the config saved with it"
-        )
+        raise ValueError(f"{refusal}: it {'; '.join(problems)}{advice}")
     model.load_state_dict(dict(state), strict=True)
 
 

@@ -15,6 +15,7 @@ from timm.models import load_state_dict as read_weights
 from torch import nn
 
 from model.networks import NETWORKS
+from model.pretrained import load_strictly
 
 # ImageNet weights as installed packages (the TensorFlow release, hence timm's tf_ variants with their padding):
 # name → (timm's name, distribution on the package index, class that knows the file).
@@ -41,7 +42,8 @@ def load_weights(net: nn.Module, name: str, weights: str) -> None:
     is ever left at random.
     """
     if weights != "pretrained":
-        net.load_state_dict(_fitting(_read(weights, name), net, name, weights), strict=True)
+        owner = name if name in NETWORKS else f"timm's {timm_name(name)}"
+        load_strictly(net, _read(weights, name), f"{weights} is not a checkpoint of {owner}")
     elif name in NETWORKS:
         NETWORKS[name].read(net)
     elif name in PACKAGED:
@@ -143,22 +145,6 @@ def _unreachable(url: str) -> str | None:
     except OSError as error:
         return f"no connection: {error}"
     return None
-
-
-def _fitting(given: dict[str, torch.Tensor], net: nn.Module, name: str, path: str) -> dict[str, torch.Tensor]:
-    """`given`, if its keys and shapes are those of the network; ValueError names the first that is not."""
-    wanted = net.state_dict()
-    missing, extra = [k for k in wanted if k not in given], [k for k in given if k not in wanted]
-    wrong = [k for k, v in wanted.items() if k in given and given[k].shape != v.shape]
-    for problem, keys in (("lacks", missing), ("has the unexpected", extra), ("has another shape for", wrong)):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"{path} is not a checkpoint of {_owned(name)}: it {problem} {keys[0]}{more}")
-    return given
-
-
-def _owned(name: str) -> str:
-    return name if name in NETWORKS else f"timm's {timm_name(name)}"
 
 
 def _read(path: str, name: str) -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(tmp_path):
     changed = {k: v + 1 for k, v in state.items() if k != "backbone.leave.weight"}
     save_pretrained(tmp_path, changed | {"backbone.extra": torch.ones(1)}, {})
     with pytest.raises(
-        ValueError, match=r"missing backbone\.leave\.weight; unexpected backbone\.extra: build"
+        ValueError, match=r"it lacks backbone\.leave\.weight; has the unexpected backbone\.extra: build"
     ) as caught:
         load_pretrained(model, tmp_path)
     assert "\n" not in str(caught.value)
