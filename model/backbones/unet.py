@@ -42,7 +42,8 @@ class UNet(nn.Module):
     correction): blur keeps means, so a constant image comes back exactly, and the network cannot learn a tint from a
     few photographs that harms every other one. Bias-free networks: Mohan et al., ICLR 2020, for denoising.
 
-    Receptive field: `receptive_field` px; 268 px with the defaults, which covers a motion of 130 px to either side.
+    Receptive field, without the mean colour, which sees every pixel: 268 px with the defaults, which covers a motion of
+    130 px to either side.
     `embed_points` {name: (channels, stride)}: `bottleneck` and every decoder level but the first; `embed(name,
     feature)` is called there, before the level's blocks.
     """
@@ -55,10 +56,10 @@ class UNet(nn.Module):
                 f"got width {width}, blocks {list(blocks)}, patch {patch}"
             )
         depth = len(blocks)
-        self.blocks, self.patch = tuple(blocks), patch
+        self.patch = patch
         widths = [width * 2**level for level in range(depth)]
-        self.strides = tuple(patch * 2**level for level in range(depth))
-        self.stride_multiple = self.strides[-1]
+        strides = [patch * 2**level for level in range(depth)]
+        self.stride_multiple = strides[-1]
         self.enter = convolution(3 * patch**2, width, 3)
         self.encoder = nn.ModuleList(_stack(w, n) for w, n in zip(widths[:-1], blocks, strict=False))
         self.down = nn.ModuleList(convolution(w, 2 * w, 2, stride=2) for w in widths[:-1])
@@ -67,27 +68,8 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList(_stack(w, n) for w, n in zip(widths[:-1], blocks, strict=False))
         self.leave = convolution(width, 3 * patch**2, 3, gain=0.0)
         self.embed_points = {
-            f"decoder{level + 1}": (widths[level], self.strides[level]) for level in range(1, depth - 1)
-        } | {"bottleneck": (widths[-1], self.strides[-1])}
-
-    @property
-    def receptive_field(self) -> int:
-        """Width in px of the input that can change one output pixel, at the position where it is widest.
-
-        Followed backwards along the path through the bottleneck; the mean colour, which sees every pixel, is left out.
-        """
-        return max(self._reach(pixel) for pixel in range(self.stride_multiple))
-
-    def _reach(self, pixel: int) -> int:
-        first = last = pixel // self.patch
-        grow = 1  # of the leaving convolution, in cells to either side
-        for blocks in self.blocks[:-1]:
-            first, last = (first - grow - 2 * blocks) // 2, (last + grow + 2 * blocks) // 2
-            grow = 0
-        first, last = first - 2 * self.blocks[-1], last + 2 * self.blocks[-1]
-        for blocks in reversed(self.blocks[:-1]):
-            first, last = 2 * first - 2 * blocks, 2 * last + 1 + 2 * blocks
-        return self.patch * (last - first + 3)  # the entering convolution, and both ends counted
+            f"decoder{level + 1}": (widths[level], strides[level]) for level in range(1, depth - 1)
+        } | {"bottleneck": (widths[-1], strides[-1])}
 
     def forward(self, x: torch.Tensor, embed: Embed = identity) -> tuple[torch.Tensor, ...]:
         centred = (x - x.mean(dim=(2, 3), keepdim=True)) * INPUT_SCALE
