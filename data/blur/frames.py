@@ -19,13 +19,17 @@ _FASTEST = 0.98
 # Most frames put between two: a gap that needs more is a cut, not a motion.
 _MAX_SUBFRAMES = 64
 
+_GRID = 16  # px between the points whose paths are followed
+_FLAT = 1e-3  # λ₀ of `structure`: pans over 12 photographs then read 0 to 9 % low, 0 to 48 % without weights
+
 
 @dataclass(frozen=True)
 class FrameWindow:
     """A window's average and its middle frame, both [H, W, 3] uint8.
 
-    extent and extent_max: mean and largest extent over the picture, px, along the chained optical flow; step: fastest
-    motion between two frames, px; subframes: frames averaged in all, interpolated ones included.
+    extent and extent_max: mean and largest extent over the picture, px, along the chained optical flow, the mean over
+    what has structure (of flat sky flow knows nothing and says 0); step: fastest motion between two frames, px;
+    subframes: frames averaged in all, interpolated ones included.
     """
 
     blurry: np.ndarray
@@ -93,9 +97,8 @@ def average_window(
         total /= count - 1
     blurry = encode(total, response)
     extents = chained_extents(forward)
-    return FrameWindow(
-        blurry, frames[count // 2].copy(), float(extents.mean()), float(extents.max()), max(steps), subframes
-    )
+    extent = float(np.average(extents, weights=structure(frames[count // 2])))
+    return FrameWindow(blurry, frames[count // 2].copy(), extent, float(extents.max()), max(steps), subframes)
 
 
 def flow_between(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -129,11 +132,21 @@ def in_between(
     return (1 - time) * _pulled(first, to_first) + time * _pulled(last, to_last)
 
 
-def chained_extents(flows: list[np.ndarray], every: int = 16) -> np.ndarray:
+def structure(frame: np.ndarray) -> np.ndarray:
+    """Weights [P] in (0, 1) of the grid's points in a frame [H, W, 3] uint8: near 0 where there is nothing to follow.
+
+    λ / (λ + λ₀), λ the smaller eigenvalue of the gradients' second moments (Shi and Tomasi, CVPR 1994).
+    """
+    grey = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
+    smaller = np.maximum(cv2.cornerMinEigenVal(grey, 15, 3), 1e-9)[_GRID // 2 :: _GRID, _GRID // 2 :: _GRID]
+    return (smaller / (smaller + _FLAT)).reshape(-1)
+
+
+def chained_extents(flows: list[np.ndarray]) -> np.ndarray:
     """Extents [P] px of the paths that a grid of points takes through consecutive flows [H, W, 2] (x, y)."""
     height, width = flows[0].shape[:2]
     columns, rows = np.meshgrid(
-        np.arange(every // 2, width, every, dtype=np.float32), np.arange(every // 2, height, every, dtype=np.float32)
+        np.arange(_GRID // 2, width, _GRID, dtype=np.float32), np.arange(_GRID // 2, height, _GRID, dtype=np.float32)
     )
     path = [np.stack([columns, rows], axis=-1)]
     for flow in flows:

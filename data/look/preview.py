@@ -14,7 +14,7 @@ from data.errors import DataError
 from data.files import write_atomically
 from data.image import encode_jpeg, encode_png
 from data.shards.set import ShardSet
-from data.stream.crops import CropPlan, check_crop_fits
+from data.stream.crops import CropPlan, check_crop_fits, margin_of
 from data.stream.order import derived_rng
 from data.stream.pairs import PAIRED, Sources, make_pair
 
@@ -30,8 +30,8 @@ def preview_pairs(
     """
     if count < 1:
         raise DataError(f"count {count}: ask for at least one pair")
-    check_crop_fits(shards, crop)
-    plan, sources = CropPlan(crop, seed, 0, margin), Sources([shards])
+    check_crop_fits(shards, crop, "--crop")
+    plan, sources = CropPlan(crop, seed, 0, margin_of(shards, blur, margin)), Sources([shards])
     tiers = (PAIRED,) if shards.kind == "pairs" else tuple(tiers)
     order = derived_rng("preview", seed).permutation(len(shards))
     pairs = []

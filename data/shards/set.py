@@ -8,7 +8,9 @@ leaves no torn shard.
 
 import hashlib
 import json
+import logging
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +22,10 @@ from data.errors import DataError
 from data.formats import is_image
 from data.shards.tar import INDEX
 
-FORMAT, VERSION = "sharpprior-shards", 1
+FORMAT, VERSION = "sharpprior-shards", 2  # 1 had no digest; it is read still
+NOT_INDEXED = "not in the index, so not used; `sharpprior index --add` takes it in, or remove it"
+_LARGEST = 1 << 20  # px a side: more is no picture but damage
+log = logging.getLogger("sharpprior.data")
 _RESTORE = "restore it, or make the set again with `sharpprior prepare`"
 
 
@@ -48,13 +53,27 @@ class Shard:
             for ext, rows in record["members"].items()
         }
         sizes = (np.array(record[name], np.int32) for name in ("heights", "widths"))
-        shard = cls(record["name"], record["bytes"], record["sha256"], tuple(record["keys"]), *sizes, members)
-        if os.path.basename(shard.name) != shard.name:
-            raise ValueError(f"shard name {shard.name!r} leaves the folder")
-        columns = [shard.heights, shard.widths, *members.values()]
-        if any(len(column) != len(shard.keys) for column in columns):
-            raise ValueError(f"columns of {shard.name} differ in length")
+        shard = cls(record["name"], int(record["bytes"]), record["sha256"], tuple(record["keys"]), *sizes, members)
+        shard._check()
         return shard
+
+    def _check(self) -> None:
+        """ValueError for what no tar can hold, so that nothing is read or allocated by it."""
+        if not isinstance(self.name, str) or os.path.basename(self.name) != self.name or self.name in ("", ".", ".."):
+            raise ValueError(f"shard name {self.name!r} leaves the folder")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 of {self.name} is {self.sha256!r}")
+        if not all(isinstance(key, str) for key in self.keys):
+            raise ValueError(f"keys of {self.name} are not all text")
+        if any(len(column) != len(self.keys) for column in (self.heights, self.widths, *self.members.values())):
+            raise ValueError(f"columns of {self.name} differ in length")
+        for side in (self.heights, self.widths):
+            if len(side) and not (side.min() > 0 and side.max() <= _LARGEST):
+                raise ValueError(f"picture sizes in {self.name} are impossible")
+        for ext, rows in self.members.items():
+            offset, size, crc = rows[rows[:, 0] != -1].T
+            if not ((offset >= 0) & (size >= 0) & (offset + size <= self.bytes) & (crc >= 0) & (crc < 1 << 32)).all():
+                raise ValueError(f"places of {ext} lie outside {self.name}")
 
 
 class ShardSet:
@@ -87,6 +106,8 @@ class ShardSet:
         if check and not self.remote:
             for problem in self.shard_problems().values():
                 raise DataError(problem)
+        if not self.remote and (beside := self.unindexed()):
+            log.warning("%s: %s: %s", self.location, ", ".join(beside), NOT_INDEXED)
 
     def _read_local_index(self, path: Path) -> bytes:
         index = path if path.suffix == ".json" else path / INDEX
@@ -143,6 +164,11 @@ class ShardSet:
             elif (found := path.stat().st_size) != shard.bytes:
                 problems[number] = f"{path}: torn shard, {found} bytes, the index says {shard.bytes}; {_RESTORE}"
         return problems
+
+    def unindexed(self) -> list[str]:
+        """Names of tars (and what a killed writer left of one) in a local set's folder that the index does not list."""
+        known = {shard.name for shard in self.shards}
+        return sorted(path.name for path in self.root.glob("*.tar*") if path.name not in known and path.is_file())
 
     def shard_path(self, shard: int) -> Path:
         """Local path of a shard, fetched into the cache first where the set is remote."""
@@ -202,18 +228,27 @@ class ShardSet:
             os.close(self._files.popitem()[1])
 
 
+def digest_of_index(index: Mapping) -> str:
+    """sha256 of all that an index says, but for its own `digest`."""
+    content = {name: value for name, value in index.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
+
+
 def _parse_index(raw: bytes, location: str) -> tuple[dict, list[Shard]]:
     try:
         index = json.loads(raw)
         found = (index.get("format"), index.get("version"))
-        if found != (FORMAT, VERSION):
+        if found not in ((FORMAT, 1), (FORMAT, VERSION)):
             raise DataError(
                 f"{location}: index of format {found}, this version reads {(FORMAT, VERSION)}; make the set again"
             )
+        if found[1] == VERSION and index.get("digest") != digest_of_index(index):
+            raise ValueError("damaged or edited: its digest is another")
         return index["info"], [Shard.from_record(record) for record in index["shards"]]
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
-            f"{location}: {INDEX} does not read ({error}); make it with `sharpprior index {location}`"
+            f"{location}: {INDEX} does not read ({error}); restore it, or make it anew with `sharpprior index "
+            "--overwrite`"
         ) from None

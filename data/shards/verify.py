@@ -1,16 +1,13 @@
-"""Prove a shard set against its index, and make the index of a folder of tars that has none."""
+"""Prove a shard set against its index."""
 
 import hashlib
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 
 from data.errors import DataError
 from data.formats import is_image
-from data.image import decode_image, image_size
-from data.shards.set import ShardSet
-from data.shards.tar import INDEX, KEY, read_tar
-from data.shards.write import write_index
+from data.image import decode_image
+from data.shards.set import NOT_INDEXED, ShardSet
 
 
 def _file_sha256(path: Path) -> str:
@@ -66,47 +63,5 @@ def verify(path: str | Path, *, decode: bool = True, progress=None, cache=None) 
         if progress:
             progress(number + 1, len(shards.shards))
     if not shards.remote:
-        known = {shard.name for shard in shards.shards}
-        for stray in sorted(shards.root.glob("*.tar*")):
-            if stray.name not in known:
-                problems.append(f"{stray}: not in the index; remove it, or run `sharpprior index` again")
+        problems += [f"{shards.root / name}: {NOT_INDEXED}" for name in shards.unindexed()]
     return problems
-
-
-def _index_tar(path: Path) -> dict:
-    record = {"name": path.name, "bytes": path.stat().st_size, "sha256": _file_sha256(path)}
-    keys, heights, widths, members = [], [], [], {}
-    for number, (key, found) in enumerate(read_tar(path)):
-        if not KEY.fullmatch(key):
-            raise DataError(f"{path}: sample key {key!r}; keys are 0-9, a-z and _: rename the members")
-        sizes = {image_size(data, f"{path}: sample {key}.{ext}") for ext, (_, data) in found.items() if is_image(ext)}
-        if len(sizes) != 1:
-            raise DataError(f"{path}: sample {key}: {len(sizes)} image sizes; give one image, or a pair of one size")
-        height, width = sizes.pop()
-        keys.append(key)
-        heights.append(height)
-        widths.append(width)
-        for ext, (offset, data) in found.items():
-            rows = members.setdefault(ext, [])
-            rows.extend([None] * (number - len(rows)))
-            rows.append([offset, len(data), zlib.crc32(data)])
-    for rows in members.values():
-        rows.extend([None] * (len(keys) - len(rows)))
-    return {**record, "keys": keys, "heights": heights, "widths": widths, "members": members}
-
-
-def index_folder(root: str | Path, *, overwrite: bool = False) -> Path:
-    """Write `index.json` for a folder of webdataset tars made elsewhere, and return its path.
-
-    It records what the tars hold now: damage that is already there becomes part of the index unless an image's header
-    no longer reads. Raises DataError where an index exists (unless `overwrite`), for no tars, and for torn ones.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give a folder of .tar files")
-    if (root / INDEX).exists() and not overwrite:
-        raise DataError(f"{root / INDEX}: exists; `sharpprior verify` proves it, --overwrite makes it anew")
-    tars: Iterable[Path] = sorted(root.glob("*.tar"))
-    if not tars:
-        raise DataError(f"{root}: no .tar files; make a set with `sharpprior prepare`")
-    return write_index(root, [_index_tar(path) for path in tars], {"source": "indexed from existing tars"})

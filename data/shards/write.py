@@ -11,7 +11,7 @@ from data.errors import DataError
 from data.files import replacing, write_atomically
 from data.formats import is_image
 from data.image import image_size
-from data.shards.set import FORMAT, VERSION
+from data.shards.set import FORMAT, VERSION, digest_of_index
 from data.shards.tar import _BLOCK, INDEX, KEY, MAX_KEY
 
 
@@ -81,6 +81,7 @@ def write_index(root: Path, records: Iterable[dict], info: Mapping | None = None
                     f"{root}: sample key {key!r} comes twice (again in {shard['name']}); keys must be unique in a set"
                 )
             keys.add(key)
+    index["digest"] = digest_of_index(index)
     path = Path(root) / INDEX
     write_atomically(path, json.dumps(index, separators=(",", ":"), sort_keys=True) + "\n")
     return path

@@ -40,8 +40,10 @@ class Batch(TypedDict):
     """Severity tiers, or "paired" for recorded pairs."""
     generator: list[str]
     """What made the blur, or "paired"."""
+    seed: list[str]
+    """Seeds of the blur, by which `data.blur.attempt.plan_pair` plans it again; "" for recorded pairs."""
     extent: Tensor
-    """float32 [B]: extent of the blur, px; NaN for recorded pairs."""
+    """float32 [B]: extent of the blur, px; NaN for recorded pairs of which it is not known."""
     input_psnr: Tensor
     """float32 [B]: PSNR of blurry against sharp, dB."""
     samples_consumed: int
@@ -124,6 +126,6 @@ def _columns(pairs: Sequence[BlurPair], device: torch.device | str) -> dict[str,
         images = {name: image.contiguous() for name, image in images.items()}
     return {
         **images,
-        **{name: [pair.meta[name] for pair in pairs] for name in ("tier", "generator")},
+        **{name: [pair.meta[name] for pair in pairs] for name in ("tier", "generator", "seed")},
         **{name: np.array([pair.meta[name] for pair in pairs], np.float32) for name in ("extent", "input_psnr")},
     }

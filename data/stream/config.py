@@ -17,7 +17,8 @@ class StreamConfig(BaseModel):
     crops_per_decode: int = Field(default=1, ge=1)
     """Crops taken each time a photograph is decoded."""
     margin: int = Field(default=80, ge=0)
-    """Distance of crop boxes from the photograph's edge where its size allows, px: blur reads light from beyond."""
+    """Most px that crop boxes keep from the photograph's edge where its size allows: blur reads light from beyond.
+    Half the largest extent that is drawn is enough; recorded pairs keep none."""
     max_bad_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Part of a training set's samples that may be unreadable; they are replaced and reported. 0: none."""
     window: int = Field(default=8, ge=1)

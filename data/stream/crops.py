@@ -1,10 +1,14 @@
 """Which crop of a photograph a visit takes: one of K boxes fixed for ever, so that cached features are found again."""
 
+import math
 from dataclasses import dataclass
 
+from data.blur import TIERS, BlurConfig
 from data.errors import DataError
 from data.shards.set import ShardSet
 from data.stream.order import derived_rng
+
+SMALLEST_CROP = 32  # px, of data.crop and eval.crop
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class CropPlan:
         """Box `number` of the photograph `key` of height × width px; DataError where the photograph is smaller."""
         if height < self.size or width < self.size:
             raise DataError(
-                f"sample {key}: {height}×{width} px is smaller than the crop of {self.size} px; lower data.crop"
+                f"sample {key}: {height}×{width} px is smaller than the crop of {self.size} px; lower the crop"
             )
         rng = derived_rng("box", self.seed, key, number)
         corner = []
@@ -59,8 +63,17 @@ class CropPlan:
         return self.at(key, height, width, number)
 
 
-def check_crop_fits(shards: ShardSet, crop: int) -> None:
-    """DataError naming the first sample that is smaller than the crop, and how many are."""
+def margin_of(shards: ShardSet, blur: BlurConfig, most: int) -> int:
+    """Px that crops of a set keep from the edge, at most `most`: half the largest extent that the blur's tiers have;
+    none where the blur is recorded, as nothing beyond the crop is read then and every pixel is worth learning from."""
+    if shards.kind == "pairs":
+        return 0
+    drawn = [getattr(blur.tiers, tier) for tier in TIERS if tier != "identity"]
+    return min(most, math.ceil(max((tier.extent[1] for tier in drawn if tier.share > 0), default=0) / 2))
+
+
+def check_crop_fits(shards: ShardSet, crop: int, setting: str = "data.crop") -> None:
+    """DataError naming the first sample that is smaller than the crop that `setting` asks for, and how many are."""
     small = [
         (shard, row, int(min(shard.heights[row], shard.widths[row])))
         for shard in shards.shards
@@ -68,8 +81,11 @@ def check_crop_fits(shards: ShardSet, crop: int) -> None:
     ]
     if small:
         shard, row, _ = small[0]
+        least = min(side for *_, side in small)
+        lower = f"lower {setting} to {least}, or " if least >= SMALLEST_CROP else ""
         raise DataError(
             f"{shards.location}/{shard.name}: sample {shard.keys[row]} of {shard.heights[row]}×{shard.widths[row]} px "
-            f"is smaller than the crop of {crop} px ({len(small)} of {len(shards)} are); lower data.crop to "
-            f"{min(side for *_, side in small)} or prepare larger tiles (--tile 0: pictures stay whole)"
+            f"is smaller than the crop of {crop} px ({len(small)} of {len(shards)} are): {lower}leave them out with "
+            f"--min-size {crop} (of `sharpprior prepare`, or for others' shards of `sharpprior index --overwrite`), or "
+            "prepare larger tiles (--tile 0: pictures stay whole)"
         )

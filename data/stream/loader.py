@@ -18,7 +18,7 @@ from data.errors import DataError
 from data.shards.set import ShardSet
 from data.stream.batch import Batch, Made, finish
 from data.stream.config import StreamConfig
-from data.stream.crops import CropPlan, check_crop_fits
+from data.stream.crops import CropPlan, check_crop_fits, margin_of
 from data.stream.hung import answer_in, describe
 from data.stream.order import Plan, Share
 from data.stream.pairs import MakeBatches, Sources, planned_slots
@@ -73,7 +73,10 @@ class PairLoader:
         self.bad: dict[str, set[str]] = {}
         self._bad_samples: set[tuple[int, int]] = set()
         sources = Sources(self.sets, stream.max_bad_fraction)
-        crops = CropPlan(stream.crop, seed, stream.boxes_per_photo, stream.margin)
+        crops = [
+            CropPlan(stream.crop, seed, stream.boxes_per_photo, margin_of(shards, blur, stream.margin))
+            for shards in self.sets
+        ]
         self.pipeline = wds.DataPipeline(
             partial(planned_slots, self.plan, self.share, start, batches),
             MakeBatches(sources, self.plan, crops, blur, defer=device is not None, attach=attach),

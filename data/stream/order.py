@@ -134,6 +134,8 @@ class Plan:
         weights = [1.0] * len(shard_sizes) if weights is None else list(weights)
         if len(weights) != len(shard_sizes) or any(not w > 0 or not np.isfinite(w) for w in weights):
             raise DataError(f"weights {weights}: give one positive number for each of the {len(shard_sizes)} sources")
+        if len(weights) > _BLOCK:
+            raise DataError(f"{len(weights)} sources: {_BLOCK} at most can have their shares; join some of them")
         for source, sizes in enumerate(shard_sizes):
             if sum(sizes) < groups:
                 raise DataError(

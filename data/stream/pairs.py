@@ -6,6 +6,7 @@ pair, never the pair itself.
 """
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,17 @@ class Sources:
     max_bad_fraction: float = 0.0
     broken: dict[tuple[int, int], str] = field(default_factory=dict)
 
+    def recorded_extent(self, source: int, sample: int) -> float:
+        """Extent of a recorded pair's blur, px, where the set's maker knew it (windows of frames); else NaN."""
+        shards = self.sets[source]
+        if "json" not in shards.extensions(sample):
+            return math.nan
+        try:
+            facts = json.loads(shards.read(sample, "json"))
+            return float(facts["extent_px"]) if isinstance(facts, dict) and "extent_px" in facts else math.nan
+        except (DataError, OSError, ValueError, TypeError):  # others' files hold what they like
+            return math.nan
+
     def photograph(self, source: int, sample: int) -> tuple[np.ndarray, np.ndarray | None]:
         """(sharp RGB, blurry RGB of a recorded pair or None), uint8 [H, W, 3]; DataError names shard and sample."""
         shards = self.sets[source]
@@ -64,13 +76,17 @@ def make_pair(
     rng: np.random.Generator,
     blur: BlurConfig,
     tier: str | None = None,
+    extent: float = math.nan,
 ) -> BlurPair:
-    """The pair of one crop, synthesized from `sharp` or cut from the recorded `blurry` too; uint8 [H, W, 3]."""
+    """The pair of one crop, synthesized from `sharp` or cut from the recorded `blurry` too; uint8 [H, W, 3].
+
+    extent: of a recorded pair, px, where it is known.
+    """
     if blurry is None:
         return synthesize_pair(sharp, crop.box, rng, blur, tier=tier, flip=crop.flip)
     window = np.s_[crop.top : crop.top + crop.size, crop.left : crop.left + crop.size]
     cut = [np.ascontiguousarray(image[window][:, ::-1] if crop.flip else image[window]) for image in (blurry, sharp)]
-    meta = {"tier": PAIRED, "generator": PAIRED, "extent": math.nan, "input_psnr": psnr(*cut)}
+    meta = {"tier": PAIRED, "generator": PAIRED, "extent": extent, "seed": "", "input_psnr": psnr(*cut)}
     return BlurPair(*cut, None, meta)
 
 
@@ -90,14 +106,14 @@ def planned_slots(plan: Plan, share: Share, start: int, batches: int | None) -> 
 class MakeBatches:
     """Stage: a list of slots becomes a micro-batch; photographs that neighbours share are decoded once.
 
-    defer: leave the pixels of synthesized pairs to `finish` in the main process. attach: adds to each batch what it
-    knows of its crops (the feature cache's look-up). A DataError ends the stage with a last `Made` that says so: torch
-    would add the worker's traceback to it.
+    crops: the plan of each source. defer: leave the pixels of synthesized pairs to `finish` in the main process.
+    attach: adds to each batch what it knows of its crops (the feature cache's look-up). A DataError ends the stage with
+    a last `Made` that says so: torch would add the worker's traceback to it.
     """
 
     sources: Sources
     plan: Plan
-    crops: CropPlan
+    crops: Sequence[CropPlan]
     blur: BlurConfig
     defer: bool = False
     attach: Callable[[dict], None] | None = None
@@ -153,14 +169,17 @@ class MakeBatches:
     def _pair(self, slot: Slot, sample: int, sharp: np.ndarray, blurry: np.ndarray | None) -> Planned:
         shards = self.sources.sets[slot.source]
         key = shards.key(sample)
-        crop = self.crops.visit(key, *sharp.shape[:2], slot.epoch * self.plan.crops_per_decode + slot.crop)
-        rng = sample_rng(self.plan.seed, slot.epoch, key, slot.crop)
+        crop = self.crops[slot.source].visit(key, *sharp.shape[:2], slot.epoch * self.plan.crops_per_decode + slot.crop)
+        # Sets may share keys; a pair's blur is its own all the same.
+        name = key if slot.source == 0 else f"source {slot.source}: {key}"
+        rng = sample_rng(self.plan.seed, slot.epoch, name, slot.crop)
         try:
             if self.defer and blurry is None:
                 plan = plan_pair(sharp, crop.box, rng.bytes(16).hex(), self.blur, flip=crop.flip)
                 pixels = Waiting(plan, draw_attempt(plan, 0))
             else:
-                pixels = make_pair(sharp, blurry, crop, rng, self.blur)
+                extent = math.nan if blurry is None else self.sources.recorded_extent(slot.source, sample)
+                pixels = make_pair(sharp, blurry, crop, rng, self.blur, extent=extent)
         except ValueError as error:
             raise DataError(f"{shards.name(sample)}: {error}") from None
         return Planned(key, shards.image_id(sample), crop, slot, pixels)

@@ -1,5 +1,6 @@
 """The fixed validation list: the same pairs on every machine, for any number of ranks."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from data.blur import TIERS, BlurConfig, sample_rng
 from data.errors import DataError
 from data.shards.set import ShardSet
-from data.stream.crops import CropPlan, check_crop_fits
+from data.stream.crops import CropPlan, check_crop_fits, margin_of
 from data.stream.pairs import PAIRED, Sources, make_pair
 
 
@@ -31,8 +32,8 @@ def validation_pairs(
     input_psnr (dB), generator, box, flip, number (place in the list). A set of recorded pairs has one tier, "paired".
     Equal arguments give equal pairs on any machine and for any `world`. Raises DataError.
     """
-    check_crop_fits(shards, crop)
-    plan = CropPlan(crop, seed, crops, margin)
+    check_crop_fits(shards, crop, "eval.crop")
+    plan = CropPlan(crop, seed, crops, margin_of(shards, blur, margin))
     sources = Sources([shards])
     tiers = (PAIRED,) if shards.kind == "pairs" else tuple(tiers)
     held: tuple[int, tuple] | None = None
@@ -47,7 +48,8 @@ def validation_pairs(
         # One stream a tier: leaving a tier out of the list changes no pair of the others.
         rng = sample_rng(seed, 0, f"validation:{key}:{tiers[tier]}", which)
         try:
-            pair = make_pair(sharp, blurry, box, rng, blur, tier=tiers[tier])
+            extent = math.nan if blurry is None else sources.recorded_extent(0, sample)
+            pair = make_pair(sharp, blurry, box, rng, blur, tier=tiers[tier], extent=extent)
         except ValueError as error:
             raise DataError(f"{shards.name(sample)}: {error}") from None
         yield {

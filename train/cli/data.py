@@ -125,13 +125,35 @@ def verify(
 
 @app.command()
 def index(
-    shards: Annotated[Path, typer.Argument(help="Folder of .tar shards that have no index.json yet.")],
+    shards: Annotated[Path, typer.Argument(help="Folder of .tar shards that another program made.")],
+    roles: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=ROLE,…", help="What names of pictures mean: input=blurry,target=sharp,mask=skip."),
+    ] = None,
+    add: Annotated[bool, typer.Option("--add", help="Take in the shards that the index does not name yet.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out what does not decode or is no photograph or pair.")
+    ] = False,
+    min_size: Annotated[int, typer.Option(min=0, help="Leave out pictures with a smaller side, px.")] = 0,
+    dotted: Annotated[
+        bool, typer.Option("--dotted", help="x.one.png and x.two.png are two photographs, not one sample.")
+    ] = False,
+    decode: Annotated[bool, typer.Option(help="Decode every picture; --no-decode reads their headers alone.")] = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the index of shards that another program made."""
-    from data.shards.verify import index_folder
+    """Write the index of shards that another program made: any keys, photographs or pairs."""
+    from data.shards.index import index_folder
+    from data.shards.names import Naming, given_roles
 
-    say(str(index_folder(shards, overwrite=overwrite)))
+    naming = Naming(given_roles(roles), dotted)
+    how = {"add": add, "skip_bad": skip_bad, "min_size": min_size, "decode": decode, "overwrite": overwrite}
+    with progress("indexing", transient=False) as moved:
+        found = index_folder(shards, naming=naming, **how, progress=moved)
+    for line in found.bad:
+        say(f"left out: {line}")
+    kind = f"{found.pairs} recorded pairs" if found.pairs else f"{found.samples} photographs"
+    left = [f"{len(found.bad)} bad", f"{len(found.small)} smaller than {min_size} px", f"{found.others} other files"]
+    say(f"{found.path}: {kind} in {found.shards} shards; left out: {', '.join(left)}")
 
 
 @app.command()

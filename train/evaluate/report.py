@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ def draw_panel(pictures: Sequence[tuple[Score, np.ndarray, np.ndarray, np.ndarra
     font = ImageFont.load_default(size=14)
     for row, (score, *images) in enumerate(pictures):
         top = GAP + row * (height + LABEL + GAP)
+        extent = f" {score.extent:.0f} px," if math.isfinite(score.extent) else ""  # of recorded pairs it is not known
         texts = (
-            f"blurry: {score.tier}, {score.extent:.0f} px, {score.input['psnr']:.2f} dB",
+            f"blurry: {score.tier},{extent} {score.input['psnr']:.2f} dB",
             f"restored: {score.restored['psnr']:.2f} dB ({score.gain:+.2f})",
             f"sharp: {score.key}",
         )

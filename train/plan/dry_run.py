@@ -38,7 +38,7 @@ def dry_run(config: Config, ranks: int | None) -> None:
     sets, val_set = open_sets(config)
     for shards in sets:
         check_crop_fits(shards, config.data.crop)
-    check_crop_fits(val_set, config.eval.crop)
+    check_crop_fits(val_set, config.eval.crop, "eval.crop")
     _read_weights(config)
     with torch.device("meta"):
         network = build_model(config)

@@ -35,6 +35,12 @@ def test_close_frames_give_the_plain_mean_of_linear_light_and_the_middle_frame(p
     assert window.step == pytest.approx(1, abs=0.3)
 
 
+def test_the_extent_is_that_of_what_can_be_followed(panorama):
+    frames = clip(panorama, 9, 2.0)
+    frames[:, :110] = 200  # a sky
+    assert average_window(frames, max_step=3).extent == pytest.approx(16, rel=0.08)
+
+
 def test_a_gap_is_refused_by_default(panorama):
     with pytest.raises(ValueError, match=r"frames \d and \d of the window lie .* px apart, more than 1.5"):
         average_window(clip(panorama, 5, 5.0))

@@ -105,7 +105,7 @@ def test_gopro_large_all_becomes_pairs_of_the_asked_levels(tmp_path):
     assert shards.kind == "pairs"
     facts = json.loads(shards.read(2, "json"))
     assert (facts["level"], facts["first_frame"], facts["source"]) == (7, 0, "GOPR0372_07_00")
-    assert facts["extent_px"] == pytest.approx(6, rel=0.2)
+    assert facts["extent_px"] == pytest.approx(6, rel=0.05)
     manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
     assert manifest["licence"] == LAYOUTS["gopro"].licence
     assert [path.read_bytes() for path in sorted((tmp_path / "one").iterdir())] == [

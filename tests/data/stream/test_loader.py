@@ -1,5 +1,6 @@
 """The stream of pairs: one order for any ranks and workers, whole pairs only, clear errors, a clean end."""
 
+import math
 import os
 import signal
 import subprocess
@@ -14,13 +15,14 @@ import pytest
 import torch
 import webdataset as wds
 
-from data.blur import TIERS, BlurConfig
+from data.blur import TIERS, BlurConfig, pair_of_plan, plan_pair
 from data.errors import DataError
-from data.image import encode_jpeg, encode_png
+from data.image import decode_image, encode_jpeg, encode_png
 from data.shards.set import ShardSet
 from data.shards.write import ShardWriter
 from data.stream.batch import Batch
 from data.stream.config import StreamConfig
+from data.stream.crops import margin_of
 from data.stream.validation import validation_count, validation_pairs
 from data.workers import init_worker
 from tests.data.pictures import picture
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 BLUR = BlurConfig()
 TENSORS = ("blurry", "sharp", "box", "crop", "flip", "epoch", "source", "position", "extent", "input_psnr")
-NAMES = ("key", "image", "tier", "generator")
+NAMES = ("key", "image", "tier", "generator", "seed")
 SAMPLES = Path(__file__).parents[3] / "data" / "samples"
 
 
@@ -136,6 +138,53 @@ def test_recorded_pairs_are_cut_not_synthesized(make_set):
         assert batch["tier"] == ["paired"] * 4
         assert batch["extent"].isnan().all()
         assert torch.isfinite(batch["input_psnr"]).all()
+
+
+def test_crops_of_recorded_pairs_reach_every_pixel_and_synthesized_ones_keep_what_blur_needs(make_set):
+    pairs, sharp = ShardSet(make_set([3], kind="pairs", name="p")), ShardSet(make_set([3], name="s"))
+    mild = BlurConfig(tiers={name: {"share": float(name == "mild")} for name in TIERS})
+    assert [margin_of(each, BlurConfig(), 80) for each in (pairs, sharp)] == [0, 80]
+    assert margin_of(sharp, mild, 80) == math.ceil(mild.tiers.mild.extent[1] / 2) < 9
+    corners = {
+        tuple(box[:2].tolist()) for batch in loader(pairs, batches=400, boxes_per_photo=999) for box in batch["box"]
+    }
+    seen = np.zeros((64, 64), bool)
+    for top, left in corners:
+        seen[top : top + 32, left : left + 32] = True
+    assert seen.mean() > 0.99
+    assert {0, 32} <= {top for top, _ in corners}
+
+
+def test_an_extent_that_the_set_s_maker_knew_is_in_the_batch(tmp_path):
+    facts = [b'{"extent_px": 12.5}', b"[]", b"no json", b'{"extent_px": "?"}']
+    with ShardWriter(tmp_path / "set") as writer:
+        for number, each in enumerate(facts):
+            image = encode_png(picture(number))
+            writer.add(f"k{number}", {"sharp.png": image, "blurry.png": image, "json": each})
+    batch = next(iter(loader(tmp_path / "set")))
+    extents = dict(zip(batch["key"], batch["extent"].tolist(), strict=True))
+    assert extents.pop("k0") == 12.5
+    assert all(map(math.isnan, extents.values()))
+    assert next(validation_pairs(ShardSet(tmp_path / "set"), BlurConfig(), crop=32, margin=0, seed=0))["extent"] == 12.5
+
+
+def test_a_batch_s_seeds_make_its_pairs_again(make_set):
+    batch = next(iter(loader(make_set())))
+    for i, seed in enumerate(batch["seed"]):
+        photo = decode_image(encode_jpeg(picture(int(batch["key"][i][1:]))))
+        plan = plan_pair(photo, tuple(batch["box"][i].tolist()), seed, BlurConfig(), flip=bool(batch["flip"][i]))
+        assert np.array_equal(pair_of_plan(plan).blurry, batch["blurry"][i].permute(1, 2, 0).numpy())
+
+
+def test_equal_keys_in_two_sets_are_blurred_apart(make_set):
+    roots = [make_set([4], name="a"), make_set([4], name="b")]
+    seeds = {}
+    for batch in loader(roots, batches=6):
+        for key, source, epoch, seed in zip(*(batch[n] for n in ("key", "source", "epoch", "seed")), strict=True):
+            seeds[key, int(epoch), int(source)] = seed
+    both = [(key, epoch) for key, epoch, source in seeds if source == 0 and (key, epoch, 1) in seeds]
+    assert len(both) > 3
+    assert all(seeds[(*each, 0)] != seeds[(*each, 1)] for each in both)
 
 
 def test_weighted_sources_mix_in_one_stream(make_set):
@@ -328,6 +377,7 @@ import sys
 from data.blur import BlurConfig
 from data.shards.set import ShardSet
 from data.stream.config import StreamConfig
+from data.stream.crops import margin_of
 from data.stream.loader import PairLoader
 assert __name__ == "__main__", "a worker imported the main script"
 caught = []
@@ -378,6 +428,7 @@ import sys
 from data.blur import BlurConfig
 from data.shards.set import ShardSet
 from data.stream.config import StreamConfig
+from data.stream.crops import margin_of
 from data.stream.loader import PairLoader
 stream = StreamConfig(crop=32, margin=8, workers=2)
 for number, batch in enumerate(PairLoader([ShardSet(sys.argv[1])], BlurConfig(), stream, global_batch=4)):
