@@ -1,7 +1,7 @@
 """Images as the whole of data/ sees them: RGB uint8 [H, W, 3], whatever the file held.
 
 The rule for other forms: grey is copied to three channels; 16 bit becomes 8 by round(v / 257); alpha is composited over
-white (what a viewer shows); EXIF orientation is applied. Floating-point and palette-less exotic forms are refused.
+white (what a viewer shows); EXIF orientation is applied. Floating-point pixels are refused.
 """
 
 import io
@@ -14,8 +14,8 @@ import simplejpeg
 from PIL import Image
 
 from data.errors import DataError
+from data.picture import ORIENTATION, Stored, read_stored, upright_array
 
-_ORIENTATION_TAG = 274
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -28,50 +28,39 @@ def exif_orientation(data: bytes) -> int:
         return 1
     try:
         with Image.open(io.BytesIO(data)) as image:
-            value = int(image.getexif().get(_ORIENTATION_TAG, 1))
+            value = int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a broken EXIF block does not make the pixels unreadable
         return 1
     return value if 1 <= value <= 8 else 1
 
 
-def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation in (2, 4):
-        image = image[:, ::-1] if orientation == 2 else image[::-1]
-    elif orientation in (3, 6, 8):
-        image = np.rot90(image, {3: 2, 6: -1, 8: 1}[orientation])
-    elif orientation in (5, 7):
-        image = image.swapaxes(0, 1) if orientation == 5 else np.rot90(image, 2).swapaxes(0, 1)
-    return np.ascontiguousarray(image)
+def _rgb_u8(stored: Stored) -> np.ndarray:
+    """RGB uint8 [H, W, 3] of a picture's stored pixels."""
+    colour, alpha = (None if each is None else _eight_bit(each) for each in (stored.colour, stored.alpha))
+    rgb = np.repeat(colour, 3, axis=2) if colour.shape[2] == 1 else np.ascontiguousarray(colour)
+    if alpha is None:
+        return rgb
+    rgb, alpha = rgb.astype(np.uint32), alpha[..., None].astype(np.uint32)
+    return ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def to_rgb_u8(image: np.ndarray, where: str = "image") -> np.ndarray:
-    """RGB uint8 [H, W, 3] of an array in OpenCV's order: grey [H, W], BGR or BGRA [H, W, 3|4], uint8 or uint16."""
-    if image.dtype == np.uint16:
-        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if image.dtype != np.uint8:
-        raise DataError(f"{where}: pixels are {image.dtype}; convert the image to 8 or 16 bits a channel")
-    if image.ndim == 2 or image.shape[2] == 1:
-        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
-    if image.shape[2] == 3:
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    if image.shape[2] != 4:
-        raise DataError(f"{where}: {image.shape[2]} channels; convert the image to grey, RGB or RGBA")
-    colour, alpha = image[..., 2::-1].astype(np.uint32), image[..., 3:].astype(np.uint32)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+def _eight_bit(values: np.ndarray) -> np.ndarray:
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8) if values.dtype == np.uint16 else values
 
 
-def _decode_any(data: bytes, where: str) -> np.ndarray:
+def _plain_png(data: bytes) -> np.ndarray | None:
+    """Fast for what sets are made of: 8-bit RGB PNGs; None of any other."""
+    if data[:8] != _PNG_MAGIC or data[24:26] != b"\x08\x02" or b"tRNS" in data[:65536]:
+        return None
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
-        image = None
-    if image is None:
-        raise DataError(f"{where}: the image does not decode; replace the file or leave it out")
-    return to_rgb_u8(image, where)
+        return None
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if image is not None and image.shape[2:] == (3,) else None
 
 
 def decode_image(data: bytes, where: str = "image") -> np.ndarray:
-    """RGB uint8 [H, W, 3] of an encoded image (JPEG by simplejpeg, the rest by OpenCV), EXIF orientation applied.
+    """RGB uint8 [H, W, 3] of an encoded image (JPEG by simplejpeg, the rest by `data.picture`), turned upright.
 
     Raises DataError, naming `where`, for bytes that do not decode, truncated JPEGs included.
     """
@@ -83,10 +72,10 @@ def decode_image(data: bytes, where: str = "image") -> np.ndarray:
             image = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
         except ValueError as error:
             raise DataError(f"{where}: the JPEG does not decode ({error}); replace it or leave it out") from None
-    else:
-        image = _decode_any(data, where)
+    elif (image := _plain_png(data)) is None:
+        return _rgb_u8(read_stored(data, where))
     orientation = exif_orientation(data)
-    return image if orientation == 1 else _upright(image, orientation)
+    return image if orientation == 1 else upright_array(image, orientation)
 
 
 def image_size(data: bytes, where: str = "image") -> tuple[int, int]:

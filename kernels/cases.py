@@ -90,11 +90,6 @@ def aggregation_case(
     return [level(channels, size) for size in sizes], [level(groups, size) for size in sizes]
 
 
-def level_sizes(height: int, width: int, levels: int = 4) -> list[tuple[int, int]]:
-    """Sizes of the prior's levels for an image of height × width px: strides 4, 8, 16, 32."""
-    return [(-(-height // s), -(-width // s)) for s in LEVEL_STRIDES[:levels]]
-
-
 def call_aggregation(values: Sequence[Tensor], logits: Sequence[Tensor], size: tuple[int, int], **options) -> Tensor:
     """The public function, under the name that pairs with call_attention."""
     return aggregate_levels(values, logits, size, **options)

@@ -88,6 +88,8 @@ class ModelConfig(_Section):
             raise ValueError(f"spe.groups {self.spe.groups} does not divide spe.dim {self.spe.dim}")
         if self.student.frozen_levels > self.levels:
             raise ValueError(f"student.frozen_levels {self.student.frozen_levels} exceeds the {self.levels} levels")
+        if self.student.name == "light" and self.student.weights != "pretrained":
+            raise ValueError("student light starts from the seed: leave student.weights out")
         return self
 
     @property

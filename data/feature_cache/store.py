@@ -13,6 +13,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -21,9 +22,11 @@ try:
 except ImportError:
     from zlib import crc32
 
+from data.feature_cache.spec import OVERHEAD_BYTES
+
 FILE, LOCK = "records.sqlite", "writing.lock"
 _PRAGMAS = {
-    "page_size": 65536,  # records are hundreds of kB
+    "page_size": 8192,  # files are .1 to 14 % larger than the records in them; with pages of 64 KiB up to 102 %
     "journal_mode": "wal",  # readers and the writer do not wait for each other
     "synchronous": "off",
     "wal_autocheckpoint": 256,  # pages: 16 MiB
@@ -32,7 +35,7 @@ _PRAGMAS = {
     "trusted_schema": "off",
 }
 _TABLE = "create table if not exists records (id integer primary key, key blob unique, crc integer, payload blob)"
-_BUSY_S = 30.0
+_CONNECTION = {"timeout": 30.0, "isolation_level": None, "check_same_thread": False}
 _INHERITED: list[sqlite3.Connection] = []
 
 
@@ -59,13 +62,27 @@ class Store:
             return None
         # SQLite does not wait for another process that turns a new file to its journal mode: one at a time.
         with _locked(self.path.parent) if make else contextlib.nullcontext():
-            connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-            for name, value in _PRAGMAS.items():
-                connection.execute(f"pragma {name} = {value}")
-            if make:
-                connection.execute(_TABLE)
+            connection = sqlite3.connect(self.path, **_CONNECTION)
+            try:
+                for name, value in _PRAGMAS.items():
+                    connection.execute(f"pragma {name} = {value}")
+                if make:
+                    connection.execute(_TABLE)
+            except sqlite3.OperationalError:
+                connection.close()
+                if make or self._has_wal():
+                    raise
+                # Another's file, or a read-only disk: the journal cannot be opened, and what is whole needs none.
+                connection = sqlite3.connect(f"file:{quote(str(self.path))}?immutable=1", uri=True, **_CONNECTION)
         self._connection, self._identity = connection, self._identity_now()
         return connection
+
+    def _has_wal(self) -> bool:
+        """Whether a part of the records may lie in the journal, or the file is simply busy."""
+        try:
+            return self.files()[1].stat().st_size > 0 or os.access(self.path.parent, os.W_OK)
+        except FileNotFoundError:
+            return os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK)
 
     def _identity_now(self) -> tuple:
         """Process and file: a connection belongs to both."""
@@ -108,6 +125,19 @@ class Store:
     def __len__(self) -> int:
         connection = self._connect()
         return connection.execute("select count(*) from records").fetchone()[0] if connection is not None else 0
+
+    def room(self, limit: int) -> int:
+        """How many records more the file can take without growing beyond `limit` bytes."""
+        connection = self._connect()
+        size, pages = (
+            (connection.execute(f"pragma {name}").fetchone()[0] for name in ("page_size", "page_count"))
+            if connection is not None
+            else (_PRAGMAS["page_size"], 0)
+        )
+        record = self.payload_bytes + OVERHEAD_BYTES
+        # At most: a large one has pages of its own. What is really taken is asked for again at the next batch.
+        on_disk = 2 * record if 4 * record < size else size * (record // (size - 4) + 1)
+        return max(0, (limit - size * pages) // on_disk)
 
     def every_record(self) -> Iterator[tuple[int, bool]]:
         """(number, sound) of every record that can be reached."""

@@ -165,7 +165,7 @@ class FeatureWriter:
                 self.stats.duplicates += 1
             else:
                 rows[key] = row
-        room = max(0, self._limit // self._spec.record_bytes - len(self._store))
+        room = self._store.room(self._limit)
         some = list(rows.items())[:room]
         if some:
             self._store.put([key for key, _ in some], [payloads[row] for _, row in some])

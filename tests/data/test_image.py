@@ -6,13 +6,15 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+import tifffile
+from PIL import Image, ImageCms
 
 from data.errors import DataError
 from data.image import decode_image, encode_jpeg, encode_png, image_size, psnr
 
 RAMP = np.arange(24 * 16 * 3, dtype=np.uint32).reshape(24, 16, 3) * 7 % 256
 RGB = RAMP.astype(np.uint8)
+SRGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
 
 
 def png(array: np.ndarray) -> bytes:
@@ -90,10 +92,44 @@ def test_bytes_that_are_no_image_are_refused(data):
         decode_image(data, "tile 7")
 
 
-def test_floating_point_images_are_refused():
-    data = cv2.imencode(".tiff", np.ones((4, 4, 3), np.float32))[1].tobytes()
-    with pytest.raises(DataError, match="float32"):
-        decode_image(data, "tile 7")
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 3)])
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.uint32])
+def test_floating_point_images_are_refused_as_such(shape, kind):
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.ones(shape, kind))
+    with pytest.raises(DataError, match="tile 7: floating-point pixels, or more than 16 bits"):
+        decode_image(file.getvalue(), "tile 7")
+
+
+@pytest.mark.parametrize("mode", ["LAB", "CMYK", "P", "1", "L", "LA", "RGBA", "YCbCr"])
+def test_tiffs_of_every_mode_are_read_as_pillow_shows_them(mode):
+    image = Image.fromarray(np.kron(RGB, np.ones((4, 4, 1), np.uint8)))
+    image = ImageCms.profileToProfile(image, SRGB, LAB, outputMode="LAB") if mode == "LAB" else image.convert(mode)
+    with Image.open(io.BytesIO(data := saved(image, "TIFF"))) as stored:
+        shown = stored.convert("RGBA") if "A" in mode[1:] and mode != "LAB" else stored.convert("RGB")
+    expected = (
+        np.asarray(Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB"))
+        if shown.mode == "RGBA"
+        else np.asarray(shown)
+    )
+    assert np.abs(decode_image(data).astype(int) - expected).max() <= 1
+
+
+def test_every_kind_of_png_is_read_the_same_way_as_by_pillow():
+    image = Image.fromarray(RGB)
+    clear = image.convert("P")
+    for picture, options in (
+        (image, {}),
+        (image.convert("P"), {}),
+        (clear, {"transparency": 3}),
+        (image, {"transparency": (7, 7, 7)}),
+        (image.convert("LA"), {}),
+        (image.convert("1"), {}),
+    ):
+        data = saved(picture, "PNG", **options)
+        shown = Image.open(io.BytesIO(data)).convert("RGBA")
+        expected = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
+        assert np.abs(decode_image(data).astype(int) - np.asarray(expected)).max() <= 1
 
 
 @pytest.mark.parametrize("data", [encode_jpeg(RGB), encode_png(RGB), cv2.imencode(".webp", RGB)[1].tobytes()])

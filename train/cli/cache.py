@@ -23,7 +23,7 @@ def _root(given: Path | None) -> Path:
 
 @app.command()
 def stats(root: Root = None) -> None:
-    """Every folder of the cache: teacher, form, records, size, writers at work."""
+    """Every folder of the cache: teacher, form, records, size, whether a run writes to it."""
     from data.feature_cache.folders import survey
 
     root = _root(root)

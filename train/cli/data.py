@@ -14,7 +14,6 @@ app = typer.Typer()
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
 BlurSource = Annotated[Path | None, typer.Option("--config", help="Take the blur from this configuration.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of it.")]
-_KINDS = "; ".join(f"{name}: {layout.help}" for name, layout in LAYOUTS.items())
 Shards = Annotated[str | None, typer.Argument(help="Shard set, folder or URL; default: what a run would train on.")]
 
 
@@ -43,7 +42,7 @@ def _levels(text: str | None) -> tuple[int, ...] | None:
 
 @app.command()
 def prepare(
-    layout: Annotated[str, typer.Argument(help=f"{_KINDS}; or video.")],
+    layout: Annotated[str, typer.Argument(metavar="LAYOUT", help=f"{', '.join(LAYOUTS)} or video.")],
     root: Annotated[Path, typer.Argument(help="The data set's folder as released, a folder of pictures, or a video.")],
     out: Annotated[Path, typer.Argument(help="Folder of the shard set to write.")],
     split: Annotated[str | None, typer.Option(help="train, test, val …; default: the layout's first.")] = None,
@@ -68,7 +67,10 @@ def prepare(
     max_bad_fraction: Annotated[float, typer.Option(help="Part of the sources that may be unreadable.")] = 0.0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a shard set from a data set as released, photographs, pairs or video. Goes on after a kill."""
+    """Write a shard set from a data set as released, from folders of photographs or pairs, or from video.
+
+    Goes on after a kill.
+    """
     import os
 
     from data.prepare.jobs import prepare_dataset

@@ -68,8 +68,9 @@ class RestorationLoss(nn.Module):
         if "frequency" in loss.terms:
             raise ValueError("loss.terms: frequency has a key of its own, loss.frequency: set that")
         weights = {"frequency": loss.frequency, **loss.terms}
+        chosen = {name: (TERMS[choose("term in loss.terms", name, TERMS)], w) for name, w in weights.items()}
         self.terms = {"pixel": (TERMS[choose("loss.pixel", loss.pixel, TERMS)], 1.0)}
-        self.terms |= {n: (TERMS[choose("term in loss.terms", n, TERMS)], w) for n, w in weights.items() if w}
+        self.terms |= {name: term for name, term in chosen.items() if term[1]}
 
     def forward(self, restored: Sequence[torch.Tensor], sharp: torch.Tensor) -> tuple[torch.Tensor, Parts]:
         with torch.autocast(sharp.device.type, enabled=False):

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from model.deblurrer import Deblurrer
+from model.names import choose
 from model.teachers import Teachers, build_teachers
 from train.config.schema import Config
 from train.objective.cross_level import CrossLevelFeatureLoss
+from train.objective.matching import MATCHES
 from train.objective.restoration import RestorationLoss
 from train.objective.targets import CachedTargets, cache_spec
 
@@ -25,6 +27,7 @@ class DeblurTask:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
+        check_loss(config)
         self.restoration = RestorationLoss(config.loss)
         self.teacher: Teachers | None = None
         self.features: CrossLevelFeatureLoss | None = None
@@ -104,6 +107,12 @@ class DeblurTask:
         """Take the statistics back."""
         if self.features is not None:
             self.features.load_state_dict(state)
+
+
+def check_loss(config: Config) -> None:
+    """ValueError for a loss that the configuration names and no table knows, whether this run would use it or not."""
+    RestorationLoss(config.loss)
+    choose("loss.match", config.loss.match, MATCHES)
 
 
 def as_float(images: Tensor, device: torch.device) -> Tensor:

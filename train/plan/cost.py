@@ -1,7 +1,7 @@
 """What a run will cost on a cluster, before it is started: memory, bytes on the wire, step time, loader, checkpoints.
 
 What is counted comes from the model itself (parameters, multiply-accumulates, activations) and from the collectives
-that DeepSpeed 0.19.8 was seen to issue (tests/train/test_cluster_plan.py counts them in small runs). What is assumed,
+that DeepSpeed 0.19.8 was seen to issue (tests/train/plan/test_cost.py counts them in small runs). What is assumed,
 the hardware's speeds, stands in `Cluster` and is printed with the result.
 """
 

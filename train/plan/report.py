@@ -13,6 +13,7 @@ from model.summary import summarize
 from train.config.networks import build_model
 from train.config.schema import Config
 from train.config.sources import open_sets
+from train.objective.task import check_loss
 from train.plan.cost import (
     Cluster,
     Stage,
@@ -68,6 +69,7 @@ def allowed_stages(config: Config) -> list[int]:
 
 def print_plan(config: Config, cluster: Cluster, console: Console) -> None:
     """Print the plan of a configuration on a cluster."""
+    check_loss(config)
     config = _divisible(config, cluster, console)
     stages = stages_of(config, cluster)
     chosen = next((stage for stage in stages if stage.zero == config.engine.zero), stages[0])

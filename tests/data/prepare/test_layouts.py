@@ -159,7 +159,7 @@ def test_empty_folder_is_refused_with_what_was_expected(tmp_path, layout):
 
 
 def test_unknown_layout_split_and_variant_are_refused_with_the_choice(tmp_path):
-    with pytest.raises(DataError, match="one of gopro, hide"):
+    with pytest.raises(DataError, match=r"one of .*gopro, hide"):
         list_dataset("gorpo", tmp_path)
     with pytest.raises(DataError, match="split 'val'; one of train, test"):
         list_dataset("gopro", tmp_path, split="val")
@@ -213,7 +213,7 @@ def test_every_layout_of_the_table_keeps_the_contract(name, tmp_path, sharpprior
             list_dataset(name, tmp_path, split=split)
     status, out, _ = sharpprior("prepare", "--help")
     assert status == 0
-    assert f"{name}: " in " ".join(out.replace("│", " ").split())
+    assert name in out.replace("│", " ").replace(",", " ").split()
     status, _, error = sharpprior("prepare", name, tmp_path / "nowhere", tmp_path / "out")
     assert status == 1
     assert "nowhere" in error

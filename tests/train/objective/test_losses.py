@@ -44,6 +44,11 @@ def test_half_a_spectrum_gives_the_mean_over_the_whole(size):
     torch.testing.assert_close(frequency_l1(a, b), whole)
 
 
+def test_no_term_has_the_name_of_another_part_of_the_record():
+    others = {"pixel", "structure", "context", "logits", "cached", "cfl_weight", "loss", "lr", "grad_norm", "seconds"}
+    assert not others & TERMS.keys()
+
+
 @pytest.mark.parametrize("name", TERMS)
 def test_every_term_of_the_table_keeps_the_contract(name):
     """A row is all that a new term needs: this runs over the table."""
@@ -167,7 +172,7 @@ def test_unusable_input_is_refused_in_one_line():
         (lambda: CrossLevelFeatureLoss((6, 8), LossSection()).calibrate([]), "no features"),
         (lambda: calibrated()(features(1)[:1], features(2)), "do not match"),
         (lambda: CrossLevelFeatureLoss((6, 8), LossSection(logits=1.0)), r"classify=teacher\.logits"),
-        (lambda: RestorationLoss(LossSection(pixel="l2")), r"unknown loss\.pixel 'l2': did you mean l1"),
+        (lambda: RestorationLoss(LossSection(pixel="l1x")), r"unknown loss\.pixel 'l1x': did you mean l1"),
         (lambda: RestorationLoss(LossSection(terms={"edges": 1})), "unknown term in loss.terms 'edges'"),
         (lambda: RestorationLoss(LossSection(terms={"frequency": 1})), "set that"),
         (lambda: FeatureStatistics((6,)).update(features(1)), "were given"),

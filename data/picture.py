@@ -1,0 +1,137 @@
+"""Picture files of any kind as stored: grey or colour, 8 or 16 bits, with alpha, profile and Exif, turned upright."""
+
+import contextlib
+import io
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import tifffile
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from data.errors import DataError
+
+ORIENTATION = 0x0112
+MOST_PIXELS = 2**30
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses above twice that
+
+# Description, make, model, date, artist, copyright; of the Exif block not: embedded notes and sizes of the old picture.
+DESCRIPTIVE = (0x010E, 0x010F, 0x0110, 0x0132, 0x013B, 0x8298)
+NOT_KEPT = (0x927C, 0xA002, 0xA003, 0xA005)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture's pixels: colour [H, W, 1 or 3] and alpha [H, W] or None, both uint8 or both uint16; its ICC profile,
+    where that describes these colours; what a camera and its owner wrote (Exif)."""
+
+    colour: np.ndarray
+    alpha: np.ndarray | None = None
+    icc: bytes | None = None
+    exif: bytes | None = None
+
+
+def read_stored(data: bytes, where: str) -> Stored:
+    """Read an encoded picture. DataError, naming `where`, if it is of an unknown kind, has several pages, holds other
+    than 8 or 16 bits a channel, or does not decode."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            frames = getattr(image, "n_frames", 1)
+            kind, bits = image.format, _bits(data, image)
+            orientation = image.getexif().get(ORIENTATION, 1)  # a TIFF's is gone once it is loaded
+            if bits in (8, 16):
+                image.load()
+            exif, icc = image.getexif(), image.info.get("icc_profile")
+            upright = None if bits != 8 else ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError:
+        raise DataError(f"{where}: more than {MOST_PIXELS / 1e6:.0f} million pixels; cut it into parts") from None
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError, TypeError) as error:
+        if _is_floating(data):
+            raise DataError(f"{where}: {_FLOATING}") from None
+        reason = "its kind is unknown" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{where}: does not decode as a picture ({reason}); replace the file or leave it out") from None
+    if frames > 1:
+        raise DataError(f"{where}: has {frames} pages or frames; give a file with one picture")
+    if bits not in (8, 16):
+        raise DataError(f"{where}: {_FLOATING}")
+    if bits == 16:
+        return _split(upright_array(_read_deep(data, kind, where), orientation), icc, _kept(exif))
+    if upright.mode not in ("L", "LA", "RGB", "RGBA") or "transparency" in upright.info:
+        has_alpha = "transparency" in upright.info or upright.mode in ("PA", "La", "RGBa")
+        if upright.mode not in ("RGB", "L", "RGBa", "La"):
+            icc = None  # the profile describes inks, Lab or a palette, not the colours that are returned
+        grey = upright.mode in ("1", "L", "La")
+        upright = upright.convert(("L" if grey else "RGB") + "A" * has_alpha)
+    return _split(np.asarray(upright), icc, _kept(exif))
+
+
+_FLOATING = "floating-point pixels, or more than 16 bits a channel; convert the picture to 8 or 16 bits"
+
+
+def _is_floating(data: bytes) -> bool:
+    """Whether this is a TIFF of a kind of number that Pillow does not open."""
+    with contextlib.suppress(Exception), tifffile.TiffFile(io.BytesIO(data)) as file:
+        return file.pages[0].dtype not in (np.uint8, np.uint16)
+    return False
+
+
+def _bits(data: bytes, image: Image.Image) -> int:
+    """Bits per channel of the file; 32 stands for everything that is neither 8 nor 16 bits of unsigned integers."""
+    if image.format == "PNG":
+        return 16 if data[24] == 16 else 8
+    if image.format == "TIFF":
+        tags = image.tag_v2
+        if any(each != 1 for each in np.atleast_1d(tags.get(339, 1))):
+            return 32
+        depth = max(np.atleast_1d(tags.get(258, 1)))
+        return 8 if depth <= 8 else int(depth)
+    return 32 if image.mode in ("F", "I") else 8
+
+
+def _kept(exif: Image.Exif) -> bytes | None:
+    """What a camera and its owner wrote, upright. A TIFF's Exif also holds its layout (sizes, strips, compression),
+    which would be false of a new file."""
+    kept = Image.Exif()
+    for tag in DESCRIPTIVE:
+        if tag in exif:
+            kept[tag] = exif[tag]
+    for block in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+        values = exif.get_ifd(block)
+        if values:
+            kept.get_ifd(block).update({tag: value for tag, value in values.items() if tag not in NOT_KEPT})
+    if ORIENTATION in exif:
+        kept[ORIENTATION] = 1
+    return kept.tobytes() if len(kept) or kept.get_ifd(ExifTags.IFD.Exif) else None
+
+
+def _read_deep(data: bytes, kind: str | None, where: str) -> np.ndarray:
+    """uint16 [H, W], [H, W, 3] RGB or [H, W, 4] RGBA, as stored. DataError if it does not decode."""
+    array = None
+    if kind == "TIFF":
+        with contextlib.suppress(Exception):  # compressions that it does not know are OpenCV's to read
+            array = tifffile.imread(io.BytesIO(data))
+        if array is not None and (array.ndim > 3 or (array.ndim == 3 and array.shape[2] not in (2, 3, 4))):
+            raise DataError(f"{where}: has {array.shape} samples; give one grey, RGB or RGBA picture")
+    if array is None:
+        with contextlib.suppress(cv2.error):
+            array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+        if array is not None and array.ndim == 3:
+            array = cv2.cvtColor(array, cv2.COLOR_BGR2RGB if array.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+    if array is None or array.dtype != np.uint16:
+        raise DataError(f"{where}: its 16-bit pixels do not decode; save it as PNG or uncompressed TIFF")
+    return array
+
+
+def upright_array(array: np.ndarray, orientation: int) -> np.ndarray:
+    """A picture [H, W, …] turned upright by its EXIF orientation (1 to 8)."""
+    flips = {2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}.get(orientation, ())
+    if orientation in (5, 6, 7, 8):
+        array = np.swapaxes(array, 0, 1)
+    return np.ascontiguousarray(np.flip(array, flips) if flips else array)
+
+
+def _split(array: np.ndarray, icc: bytes | None, exif: bytes | None) -> Stored:
+    channels = 1 if array.ndim == 2 else array.shape[2]
+    alpha = np.ascontiguousarray(array[..., -1]) if channels in (2, 4) else None
+    colour = array[..., None] if array.ndim == 2 else array[..., : channels - (alpha is not None)]
+    return Stored(colour, alpha, icc, exif)
