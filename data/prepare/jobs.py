@@ -16,12 +16,20 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data.errors import DataError
 from data.files import write_atomically
-from data.prepare.layouts import LAYOUTS, PairFiles, list_dataset
+from data.formats import is_junk
+from data.prepare.layouts import (
+    LAYOUTS,
+    PairFiles,
+    list_dataset,
+    pairs_in_folders,
+    pairs_of_list,
+    with_own_keys,
+)
 from data.prepare.recipe import JobResult, Recipe, file_samples, window_samples
 from data.prepare.windows import frame_sources
 from data.shards.tar import INDEX
@@ -34,7 +42,8 @@ BEGUN = "begun"
 
 @dataclass
 class Prepared:
-    """What `prepare` did: folder, samples, shards, bytes; what was left out; jobs taken over from a killed run."""
+    """What `prepare` did: folder, samples, shards, bytes; what was left out (junk: files that systems leave behind);
+    jobs taken over from a killed run."""
 
     root: Path
     samples: int
@@ -44,6 +53,7 @@ class Prepared:
     refused: list[str]
     bad: list[str]
     reused_jobs: int
+    junk: int = 0
 
 
 # -- one job ----------------------------------------------------------------------------------------------------------
@@ -247,14 +257,13 @@ def prepare(
         merged = _merge([records[job.name] for job in jobs])
         if len(merged.bad) > max_bad_fraction * total:
             raise DataError(
-                f"{len(merged.bad)} of {total} sources are bad, more than max_bad_fraction {max_bad_fraction} allows; "
-                f"the first: {merged.bad[0]}"
+                f"{len(merged.bad)} of {total} sources are bad, more than max_bad_fraction {max_bad_fraction} allows: "
+                f"{merged.bad[0]}{' …' if len(merged.bad) > 1 else ''}",
+                details=merged.bad if len(merged.bad) > 1 else (),
             )
         if not merged.shards:
-            reason = (
-                f"{len(merged.small)} smaller than min_size {recipe.min_size}, {len(merged.refused)} windows refused"
-            )
-            raise DataError(f"{root}: no samples were made of {total} sources ({reason})")
+            reason = f"{len(merged.small)} smaller than min_size {recipe.min_size}, {len(merged.refused)} refused"
+            raise DataError(f"{root}: no samples were made of {total} sources ({reason})", details=merged.refused)
         manifest = {**(info or {}), "identity": identity, "recipe": asdict(recipe), **asdict(merged)}
         del manifest["shards"]
         write_atomically(out / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
@@ -348,14 +357,22 @@ def prepare_dataset(
     split: str | None = None,
     variant: str | None = None,
     partial: bool = False,
+    folders: tuple[str, str] | None = None,
+    pairs_list: Path | None = None,
     **options,
 ) -> Prepared:
     """`prepare` a dataset as released (`LAYOUTS`), or a folder of photographs, pairs or frames.
 
     With `recipe.windows` set, `root` is read as frames instead: GOPRO_Large_all, a video, or a folder of either.
+    For layout "pairs": folders, the names of its (blurry, sharp) folders; pairs_list, a file of lines `<sharp>
+    <blurry>` with paths below `root`.
     """
-    root = Path(root)
+    root, out = Path(root), Path(out)
     recipe = recipe or Recipe()
+    junk = 0
+    if root.is_dir():
+        names = (str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and out not in path.parents)
+        junk = sum(map(is_junk, names))
     info = {"dataset": layout, "split": split or "", "variant": variant or ""}
     if layout != "video" and layout not in LAYOUTS:
         raise DataError(f"dataset {layout!r}: unknown; one of {', '.join(LAYOUTS)}, video")
@@ -366,8 +383,15 @@ def prepare_dataset(
         sources: Sequence = frame_sources(base)
         base = base.parent if base.is_file() else base
         licence = LAYOUTS[layout].licence if layout in LAYOUTS else "the user's"
-        return prepare(sources, base, out, recipe, info={**info, "licence": licence}, **options)
-    sources = list_dataset(layout, root, split=split, variant=variant, partial=partial)
+        return replace(prepare(sources, base, out, recipe, info={**info, "licence": licence}, **options), junk=junk)
+    if (folders or pairs_list) and (layout != "pairs" or split or variant or (folders and pairs_list)):
+        raise DataError("--blurry with --sharp, or --list: they say where `prepare pairs` finds its pairs, so give one")
+    if pairs_list:
+        sources = with_own_keys(pairs_of_list(Path(pairs_list), root))
+    elif folders:
+        sources = with_own_keys(pairs_in_folders(root, *folders, root=root))
+    else:
+        sources = list_dataset(layout, root, split=split, variant=variant, partial=partial)
     known = LAYOUTS[layout]
     info |= {"split": split or known.splits[0], "variant": variant or known.variants[0], "licence": known.licence}
-    return prepare(sources, root, out, recipe, info=info, **options)
+    return replace(prepare(sources, root, out, recipe, info=info, **options), junk=junk)

@@ -5,6 +5,7 @@ CVPR 2017), HIDE (Shen et al., ICCV 2019), RealBlur (Rim et al., ECCV 2020), RED
 et al., ECCV 2022); re-packs as MPRNet, Restormer, NAFNet and MIMO-UNet distribute them.
 """
 
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import DataError
-from data.formats import IMAGE_SUFFIXES
+from data.formats import is_image, is_junk
+from data.shards.names import BLURRY, ROLES, SHARP
 from data.shards.tar import MAX_KEY
 
 _KEY_ROOM = MAX_KEY - 16  # tile numbers and a prefix follow
@@ -50,11 +52,14 @@ class Layout:
 
 
 def key_of(path: Path | str) -> str:
-    """A shard key [0-9a-z_]+ from a path; where letters were lost, a crc32 of the path keeps keys apart."""
+    """A shard key [0-9a-z_]+ from a path; where letters were lost, a crc32 of the path keeps keys apart.
+
+    Of a long path the end is kept: the picture's own name and number stand there.
+    """
     text = str(path)
     key = re.sub(r"[^0-9a-z]+", "_", text.lower()).strip("_")
     if key != re.sub(r"[/.\-]", "_", text) or len(key) > _KEY_ROOM or not key:
-        key = f"{key[: _KEY_ROOM - 9]}_{zlib.crc32(text.encode()):08x}".lstrip("_")
+        key = f"{key[-(_KEY_ROOM - 9) :]}_{zlib.crc32(os.fsencode(text)):08x}".lstrip("_")
     return key
 
 
@@ -74,13 +79,19 @@ def _need(folder: Path, what: str) -> Path:
 
 def images_in(folder: Path) -> list[Path]:
     """Image files of a folder (not below it), by name, numbers in it as numbers."""
-    found = (p for p in folder.iterdir() if p.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and p.is_file())
-    return sorted(found, key=_in_order)
+    found = (p for p in folder.iterdir() if is_image(p.name) and not is_junk(p.name) and p.is_file())
+    return sorted(found, key=lambda path: _in_order(path.name))
 
 
-def _in_order(path: Path) -> list[tuple[int, int, str]]:
+def images_below(folder: Path) -> list[Path]:
+    """Image files of a folder and of those in it, by path, numbers in it as numbers; not what systems leave behind."""
+    found = ((str(p.relative_to(folder)), p) for p in folder.rglob("*") if is_image(p.name))
+    return [p for name, p in sorted(found, key=lambda each: _in_order(each[0])) if not is_junk(name) and p.is_file()]
+
+
+def _in_order(text: str) -> list[tuple[int, int, str]]:
     """Sort key by name with its numbers as numbers: frame2 comes before frame10."""
-    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", path.name) if part]
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def _match(blurry: Iterable[Path], partner: Callable[[Path], Path], root: Path) -> list[PairFiles]:
@@ -193,38 +204,97 @@ def _rsblur(root: Path, split: str, variant: str) -> list[PairFiles]:
 _PAIR_FOLDERS = (("input", "target"), ("blur", "sharp"), ("blurry", "sharp"), ("lq", "gt"), ("blur", "gt"))
 
 
+def _kinds_in(folder: Path) -> list[tuple[str, str]]:
+    """The names of folders of pairs, (blurry, sharp), that stand in a folder."""
+    return [kind for kind in _PAIR_FOLDERS if all((folder / name).is_dir() for name in kind)]
+
+
 def _pairs(root: Path, split: str, variant: str) -> list[PairFiles]:
     base = _folder(root, split)
-    for blurry_name, sharp_name in _PAIR_FOLDERS:
-        blurry, sharp = base / blurry_name, base / sharp_name
-        if blurry.is_dir() and sharp.is_dir():
-            files = images_in(sharp)
-            by_stem: dict[str, list[Path]] = {}
-            for path in files:
-                by_stem.setdefault(path.stem, []).append(path)
+    kinds = _kinds_in(base)
+    if not kinds:
+        names = ", ".join(f"{b}/ with {s}/" for b, s in _PAIR_FOLDERS)
+        raise DataError(f"{base}: no folders of pairs here, such as {names}; name them with --blurry and --sharp")
+    if len(kinds) > 1:
+        names = " and ".join(f"{b}/ with {s}/" for b, s in kinds)
+        raise DataError(f"{base}: has {names}; say which are meant with --blurry and --sharp")
+    return pairs_in_folders(base, *kinds[0], root=root)
 
-            def partner(path: Path, sharp: Path = sharp, names: dict[str, list[Path]] = by_stem) -> Path:
-                """The sharp file of the same name, else the one of the same stem."""
-                if (sharp / path.name).is_file():
-                    return sharp / path.name
-                found = names.get(path.stem, [sharp / path.name])
-                if len(found) > 1:
-                    raise DataError(f"{path}: {len(found)} sharp files have its name, {found[0]} first; keep one")
-                return found[0]
 
-            return _no_orphans(_match(images_in(blurry), partner, root), files)
-    names = ", ".join(f"{b}/ with {s}/" for b, s in _PAIR_FOLDERS)
-    raise DataError(f"{base}: no folders of pairs here; expected one of {names}")
+def pairs_in_folders(base: Path, blurry_name: str, sharp_name: str, *, root: Path) -> list[PairFiles]:
+    """Pairs of two folders in `base`, nested alike, matched by path, or by path without the suffix. DataError for a
+    picture without its partner."""
+    blurry, sharp = _need(base / blurry_name, "it was named --blurry"), _need(base / sharp_name, "it was named --sharp")
+    files = images_below(sharp)
+    by_stem: dict[str, list[Path]] = {}
+    for path in files:
+        by_stem.setdefault(str(path.relative_to(sharp).with_suffix("")), []).append(path)
+
+    def partner(path: Path) -> Path:
+        """The sharp file of the same name, else the one of the same stem."""
+        name = path.relative_to(blurry)
+        if (sharp / name).is_file():
+            return sharp / name
+        found = by_stem.get(str(name.with_suffix("")), [sharp / name])
+        if len(found) > 1:
+            raise DataError(f"{path}: {len(found)} sharp files have its name, {found[0]} first; keep one")
+        return found[0]
+
+    return _no_orphans(_match(images_below(blurry), partner, root), files)
+
+
+def pairs_of_list(path: Path, root: Path) -> list[PairFiles]:
+    """Pairs of a list file with lines `<sharp> <blurry>`, as RealBlur's are, paths below `root` and tabs between those
+    with spaces. DataError for a line that is none, and where names say that the columns are swapped."""
+    pairs = []
+    for number, line in enumerate(_lines(path), 1):
+        fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
+        if not line.strip():
+            continue
+        if len(fields) != 2:
+            raise DataError(
+                f"{path}:{number}: {len(fields)} paths, expected `<sharp> <blurry>` (or a tab between them)"
+            )
+        said = [
+            {kind for part in Path(field).with_suffix("").parts if (kind := ROLES.get(part.lower()))}
+            for field in fields
+        ]
+        if said == [{BLURRY}, {SHARP}]:
+            raise DataError(f"{path}:{number}: {fields[0]} comes first and is blurry; expected `<sharp> <blurry>`")
+        for name in fields:
+            if not (root / name).is_file():
+                raise DataError(f"{root / name}: missing (line {number} of {path.name})")
+        pairs.append(PairFiles(key_of(Path(fields[1]).with_suffix("")), root / fields[0], root / fields[1]))
+    return pairs
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: the list does not read ({error}); give a text file") from None
+
+
+def other_layout(layout: str, root: Path) -> str:
+    """What a folder looks like instead, as an end of an error's line; empty where nothing is seen."""
+    inner = [root, *sorted(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else []
+    for folder in inner:
+        if _kinds_in(folder) and (layout != "pairs" or folder != root):
+            return f" (looks like folders of pairs: `sharpprior prepare pairs {folder}`)"
+    for folder in inner:
+        sequences = [p for p in folder.iterdir() if (p / "sharp").is_dir() and (p / "blur").is_dir()]
+        if sequences and layout != "gopro":
+            return f" (looks like GoPro as released: `sharpprior prepare gopro {folder.parent}`)"
+    return ""
 
 
 def _photographs(root: Path, split: str, variant: str) -> list[PairFiles]:
     base = _folder(_need(root, "a folder of photographs"), split)
-    found = sorted(p for p in base.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and p.is_file())
+    found = images_below(base)
     if base != root:
         splits = LAYOUTS["folder"].splits
-        for path in root.rglob("*"):
-            beside = path.relative_to(root).parts[0] not in splits
-            if beside and path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and path.is_file():
+        for path in images_below(root):
+            if path.relative_to(root).parts[0] not in splits:
                 raise DataError(
                     f"{path}: lies beside the folder {split}/, which would be taken alone; name the one meant"
                 )
@@ -295,16 +365,27 @@ def list_dataset(
     for name, value, allowed in (("split", split, known.splits), ("variant", variant, known.variants)):
         if value not in allowed:
             raise DataError(f"{layout}: {name} {value!r}; one of {', '.join(allowed)}")
-    _need(root, f"the folder of {layout}")
-    pairs = known.list_pairs(root, split, variant)
+    if not root.is_dir():
+        raise DataError(f"{root}: missing, or no folder; give the folder of {known.help}")
+    try:
+        pairs = known.list_pairs(root, split, variant)
+    except DataError as error:
+        raise DataError(f"{error}{other_layout(layout, root)}") from None
     if not pairs:
-        raise DataError(f"{root}: no images of {layout} {split} found; check the folder")
+        raise DataError(
+            f"{root}: no images of {known.help}, {split}, found; check the folder{other_layout(layout, root)}"
+        )
     expected = known.counts.get(split) if variant not in known.parts else None
     if expected is not None and len(pairs) != expected and not partial:
         raise DataError(
             f"{root}: {len(pairs)} pairs of {layout} {split} where {expected} were released; unpack it again, "
             "or allow a part of it with --partial"
         )
+    return with_own_keys(pairs)
+
+
+def with_own_keys(pairs: list[PairFiles]) -> list[PairFiles]:
+    """The same pairs; DataError where two of them have one key."""
     seen: dict[str, Path] = {}
     for pair in pairs:
         if pair.key in seen:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from data.errors import DataError
 from data.image import decode_image, encode_jpeg, encode_png, exif_orientation
 from data.prepare.layouts import PairFiles, key_of
@@ -17,9 +19,10 @@ class Recipe:
     """How sources become samples.
 
     `tile`: largest side of a tile in px (0: images stay whole); a larger image is cut into equal tiles. `keep`: write
-    an uncut JPEG or PNG as it is instead of encoding it again. `png`: tiles of photographs as PNG instead of JPEG
-    (4:4:4, `quality`); tiles of pairs are always PNG. `min_size`: leave out images with a smaller side. `sharp_only`:
-    of pairs, keep the sharp images. `windows`: average frames. `shard_bytes`: a shard ends once it holds as much.
+    an uncut JPEG or PNG as it is instead of encoding it again. Everything else is written as PNG, tiles of lossy JPEGs
+    apart, which become JPEG (4:4:4, `quality`) unless `png`; those of pairs are always PNG. `min_size`: leave out
+    images with a smaller side. `sharp_only`: of pairs, keep the sharp images. `windows`: average frames. `shard_bytes`:
+    a shard ends once it holds as much.
     """
 
     tile: int = 768
@@ -70,8 +73,12 @@ def _tile_sides(side: int, tile: int) -> tuple[list[int], int]:
 
 def _kept_extension(path: Path, data: bytes) -> str | None:
     """Extension under which a file may be stored as it is, None if it must be encoded again."""
-    kind = "jpg" if data[:3] == b"\xff\xd8\xff" else "png" if data[:4] == b"\x89PNG" else None
+    kind = "jpg" if _is_jpeg(data) else "png" if data[:4] == b"\x89PNG" else None
     return kind if exif_orientation(data) == 1 else None
+
+
+def _is_jpeg(data: bytes) -> bool:
+    return data[:3] == b"\xff\xd8\xff"
 
 
 def file_samples(source: PairFiles, recipe: Recipe, root: Path, result: JobResult) -> Iterator[tuple[str, dict]]:
@@ -105,7 +112,7 @@ def file_samples(source: PairFiles, recipe: Recipe, root: Path, result: JobResul
             tile = images[role][top : top + rows, left : left + columns]
             if kept:
                 members[prefix + kept] = raw[role]
-            elif recipe.png or len(files) > 1:
+            elif recipe.png or len(files) > 1 or len(boxes) == 1 or not _is_jpeg(raw[role]):
                 members[prefix + "png"] = encode_png(tile)
             else:
                 members["jpg"] = encode_jpeg(tile, recipe.quality)
@@ -119,7 +126,14 @@ def window_samples(source: Path, recipe: Recipe, root: Path, result: JobResult) 
     name = str(source.relative_to(root)) if source != root else source.name
     key = key_of(name)
     try:
-        for window in make_windows(read_frames(source), recipe.windows):
+        frames, seen = read_frames(source), 0
+
+        def counted() -> Iterator[np.ndarray]:
+            nonlocal seen
+            for seen, frame in enumerate(frames, 1):  # noqa: B007
+                yield frame
+
+        for window in make_windows(counted(), recipe.windows):
             if isinstance(window, tuple):
                 result.refused.append(f"{name}: frames {window[0]} to {window[0] + window[1] - 1}")
                 continue
@@ -134,6 +148,8 @@ def window_samples(source: Path, recipe: Recipe, root: Path, result: JobResult) 
                 members = {f"{role}.png": encode_png(getattr(window, role)[area]) for role in ("sharp", "blurry")}
                 members["json"] = json.dumps(facts, sort_keys=True).encode()
                 yield f"{key}_{window.level:02d}_{window.first:06d}_{number:02d}", members
+        if seen < (least := min(recipe.windows.levels)):
+            result.refused.append(f"{name}: {seen} frames; the shortest window has {least}")
         result.sources.append([name, *_size_and_hash(source)])
     except (DataError, OSError) as error:
         result.bad.append(str(error))

@@ -17,7 +17,6 @@ from data.shards.tar import INDEX, tar_members
 from data.shards.write import write_index
 
 COMPRESSED = ("*.tar.gz", "*.tgz", "*.tar.xz", "*.tar.bz2", "*.tar.zst")
-SHOWN = 1000  # bad samples in a message
 
 
 @dataclass
@@ -91,10 +90,10 @@ def index_folder(
         found.bad += read.bad
         found.others += read.others
     if found.bad and not skip_bad:
-        more = f"\n… and {len(found.bad) - SHOWN} more" if len(found.bad) > SHOWN else ""
         raise DataError(
-            f"{root}: {len(found.bad)} samples are no photograph or pair that can be read; mend them, or leave them "
-            "out with --skip-bad:\n" + "\n".join(found.bad[:SHOWN]) + more
+            f"{root}: {len(found.bad)} samples are no photograph or pair that can be read, {found.bad[0]}; mend them, "
+            "or leave them out with --skip-bad",
+            details=found.bad,
         )
     found.samples = sum(len(record["keys"]) for record in records)
     found.pairs = found.samples if any(f"{BLURRY}." in ext for r in records for ext in r["members"]) else 0

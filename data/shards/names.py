@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from data.errors import DataError
-from data.formats import is_image
+from data.formats import is_image, is_junk
 from data.shards.tar import Member
 
 SHARP, BLURRY, SKIP = "sharp", "blurry", "skip"
@@ -22,8 +22,6 @@ ROLES = {
     **dict.fromkeys(("blurry", "blur", "blurred", "input", "lq", "lr", "blur_gamma", "degraded"), BLURRY),
 }
 """Names that the field's data sets give to the pictures of a pair."""
-
-_JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 
 
 @dataclass
@@ -63,12 +61,6 @@ def given_roles(text: str | None) -> dict[str, str]:
             raise DataError(f"roles {text!r}: give NAME=ROLE with commas, ROLE one of {SHARP}, {BLURRY}, {SKIP}")
         roles[name] = role
     return roles
-
-
-def is_junk(name: str) -> bool:
-    """Whether a path is what systems leave behind: hidden files, `._x.png` of macOS, thumbnails."""
-    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
-    return not parts or any(part.startswith(".") or part.lower() in _JUNK for part in parts)
 
 
 @dataclass(frozen=True)

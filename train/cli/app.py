@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from train.cli.cache import app as cache_app
+from train.cli.console import say
 from train.cli.data import Overwrite
 from train.cli.data import app as data_app
 from train.watch.failure import explained
@@ -46,38 +48,48 @@ def restore(
     tile: Annotated[int | None, typer.Option(help="Side of tiles, px; default: 1.5 times the training crop.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="No tiles: the picture in one piece.")] = False,
     overwrite: Overwrite = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave restored pictures that are there: go on with a folder.")
+    ] = False,
     device: Device = None,
 ) -> None:
-    """Restore photographs of any size; bit depth, alpha, colour profile and EXIF stay."""
-    from rich.console import Console
-
+    """Restore photographs of any size, or the tree of a folder; bit depth, alpha, colour profile and EXIF stay."""
     from train.checkpoint.saved import load_model
+    from train.cli.console import told_now_and_then
     from train.log import start_logging
-    from train.restore.tiles import SMALLEST_TILE, default_tile, restore_all
+    from train.restore.files import restore_all
+    from train.restore.tiles import SMALLEST_TILE, default_tile
 
-    console = Console()
-    start_logging(None, console)
+    start_logging(None, Console())
     if whole and tile is not None:
         raise ValueError("--whole and --tile exclude each other")
     if tile is not None and tile < SMALLEST_TILE:
         raise ValueError(f"--tile {tile}: at least {SMALLEST_TILE} px")
+    if overwrite and skip_existing:
+        raise ValueError("--overwrite and --skip-existing exclude each other")
     if not photo.exists():
         raise ValueError(f"{photo}: no such file or folder")
     network, config, _ = load_model(run, _device(device), checkpoint)
     side = None if whole else tile or default_tile(config)
-    problems = []
-    with console.status("restoring …") as status:
+    with told_now_and_then("restoring …") as status:
 
-        def told(path: Path, problem: str | None) -> None:
-            status.update(f"{path.name}")
-            if problem is not None:
-                problems.append(problem)
-                console.print(f"error: {problem}", markup=False, soft_wrap=True, style="red")
+        def on_file(path: Path, problem: str | None) -> None:
+            if problem is not None and photo.is_dir():
+                say(f"error: {problem}")
 
-        failed = restore_all(network, photo, out, tile=side, overwrite=overwrite, on_file=told)
-    if failed:
-        raise ValueError(problems[0] if not photo.is_dir() else f"{failed} pictures of {photo} were not restored")
-    console.print(f"restored: {out}", markup=False, soft_wrap=True)
+        def on_tile(path: Path, done: int, tiles: int) -> None:
+            status(f"{path.name}: tile {done} of {tiles}")
+
+        how = {"tile": side, "overwrite": overwrite, "skip_existing": skip_existing}
+        done = restore_all(network, photo, out, **how, on_file=on_file, on_tile=on_tile)
+    for path in done.skipped:
+        say(f"skipped, a kind that is not read: {path}")
+    counts = (
+        f"{done.restored} restored, {done.there} there already, {len(done.failed)} failed, {len(done.skipped)} skipped"
+    )
+    if done.failed:
+        raise ValueError(f"{photo}: {counts}" if photo.is_dir() else done.failed[0])
+    say(f"{out}: {counts}")
 
 
 @app.command()
@@ -115,8 +127,6 @@ def plan(
     memory: Annotated[float, typer.Option(help="GiB a GPU.")] = 80.0,
 ) -> None:
     """Memory, bytes moved, step time, loader and checkpoints of a run on a cluster, before it is started."""
-    from rich.console import Console
-
     from train.config.file import load_config
     from train.plan.cost import Cluster
     from train.plan.report import print_plan
@@ -134,8 +144,6 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the averaged model as files that load without DeepSpeed and without the run."""
-    from rich.console import Console
-
     from train.checkpoint.export import export_model
     from train.checkpoint.saved import describe
 

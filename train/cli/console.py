@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,3 +22,25 @@ def progress(title: str, *, transient: bool = True) -> Iterator[Callable[[int, i
     with Progress(console=console, transient=transient, disable=transient and not console.is_terminal) as bar:
         row = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
+
+
+QUIET_S = 10.0  # between lines where there is no terminal
+
+
+@contextmanager
+def told_now_and_then(title: str) -> Iterator[Callable[[str], None]]:
+    """A line that changes at a terminal; elsewhere, in a job's log, a line every `QUIET_S` seconds."""
+    console = Console()
+    if console.is_terminal:
+        with console.status(title) as status:
+            yield lambda text: status.update(text)
+        return
+    last = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= QUIET_S:
+            last = time.monotonic()
+            say(text)
+
+    yield tell

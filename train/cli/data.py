@@ -47,6 +47,11 @@ def prepare(
     out: Annotated[Path, typer.Argument(help="Folder of the shard set to write.")],
     split: Annotated[str | None, typer.Option(help="train, test, val …; default: the layout's first.")] = None,
     variant: Annotated[str | None, typer.Option(help="Which blurry pictures, such as blur_gamma of GoPro.")] = None,
+    blurry: Annotated[str | None, typer.Option(help="Of pairs, the folder of the blurry pictures.")] = None,
+    sharp: Annotated[str | None, typer.Option(help="Of pairs, the folder of the sharp pictures.")] = None,
+    pairs_list: Annotated[
+        Path | None, typer.Option("--list", help="Of pairs, a file of lines <sharp> <blurry>, paths below ROOT.")
+    ] = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="Accept a number of pairs other than the release's.")
     ] = False,
@@ -77,6 +82,8 @@ def prepare(
     from data.prepare.recipe import Recipe
     from data.prepare.windows import Windows
 
+    if (blurry is None) != (sharp is None):
+        raise ValueError("--blurry and --sharp name the two folders of pairs: give both")
     chosen = _levels(levels)
     frames = chosen is not None or layout == "video"
     of_pictures = {"--sharp-only": sharp_only, "--png": png, "--partial": partial}
@@ -94,14 +101,18 @@ def prepare(
     pictures = {"tile": tile, "png": png, "quality": quality, "min_size": min_size, "sharp_only": sharp_only}
     recipe = Recipe(**pictures, windows=windows, shard_bytes=shard_mib << 20)
     asked = {"split": split, "variant": variant, "partial": partial, "overwrite": overwrite}
+    asked |= {"folders": (blurry, sharp) if blurry and sharp else None, "pairs_list": pairs_list}
     limits = {"workers": workers or len(os.sched_getaffinity(0)), "max_bad_fraction": max_bad_fraction}
     with progress(layout, transient=False) as moved:
         done = prepare_dataset(layout, root, out, recipe, **asked, **limits, progress=moved)
     for name, items in (("too small", done.small), ("refused", done.refused), ("unreadable", done.bad)):
-        for item in items[:10]:
+        shown = items if name == "unreadable" else items[:10]
+        for item in shown:
             say(f"{name}: {item}")
-        if len(items) > 10:
-            say(f"{name}: {len(items) - 10} more")
+        if len(items) > len(shown):
+            say(f"{name}: {len(items) - len(shown)} more")
+    if done.junk:
+        say(f"skipped: {done.junk} files that systems leave behind (._x.png, Thumbs.db and such)")
     taken = f" ({done.reused_jobs} jobs taken over from an earlier run)" if done.reused_jobs else ""
     say(f"{done.samples} samples in {done.shards} shards, {done.bytes / 2**20:.1f} MiB: {done.root}{taken}")
 

@@ -74,13 +74,13 @@ def write_picture(path: Path, picture: Picture, *, overwrite: bool = False) -> N
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
-    """PictureError if a picture cannot be written there: unknown kind, no such folder, or a file that exists."""
+    """PictureError if a picture cannot be written there: unknown kind, or a file that exists."""
     if path.suffix.lower() not in WRITABLE:
         raise PictureError(f"{path}: unknown kind of picture: use one of {', '.join(WRITABLE)}")
-    if not path.parent.is_dir():
-        raise PictureError(f"{path}: there is no folder {path.parent}: make it first")
     if path.exists() and not overwrite:
-        raise PictureError(f"{path}: exists: choose another name, or --overwrite")
+        raise PictureError(
+            f"{path}: exists: choose another name, --overwrite, or --skip-existing to go on with a folder"
+        )
 
 
 def _encode(path: Path, array: np.ndarray, suffix: str, picture: Picture) -> None:

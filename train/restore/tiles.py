@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import torch
 
 from train.config.schema import Config
 from train.log import log
-from train.restore.picture import READABLE, Picture, PictureError, check_target, read_picture, write_picture
 
 TILE_FACTOR = 1.5  # of the training crop: the statistics of semantic attention drift on much larger images
 OVERLAP = 0.25  # of a tile's side, shared with each neighbour
@@ -25,12 +21,17 @@ def default_tile(config: Config) -> int:
 
 
 @torch.no_grad()
-def restore_image(network: torch.nn.Module, image: torch.Tensor, tile: int | None) -> torch.Tensor:
+def restore_image(
+    network: torch.nn.Module,
+    image: torch.Tensor,
+    tile: int | None,
+    on_tile: Callable[[int, int], None] = lambda done, all_: None,
+) -> torch.Tensor:
     """Restore an sRGB image [3, H, W] float in [0, 1] on any device → [3, H, W] float32 on the CPU, clamped.
 
     tile: side of square tiles in px, each overlapping its neighbours by a quarter, blended by windows that sum to 1
     everywhere; None restores the image whole. When the GPU's memory does not suffice, tiles get smaller, and the log
-    says so once. The network's device decides where the work is done.
+    says so once. The network's device decides where the work is done. `on_tile(tiles done, all)`.
     """
     device = next(network.parameters()).device
     _, height, width = image.shape
@@ -42,7 +43,7 @@ def restore_image(network: torch.nn.Module, image: torch.Tensor, tile: int | Non
             log.warning("out of GPU memory on %d×%d px: restoring in tiles of %d px", width, height, tile)
     while True:
         try:
-            return _restore_tiles(network, image, tile, device)
+            return _restore_tiles(network, image, tile, device, on_tile)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             if tile <= SMALLEST_TILE:
@@ -51,11 +52,18 @@ def restore_image(network: torch.nn.Module, image: torch.Tensor, tile: int | Non
             log.warning("out of GPU memory: tiles of %d px", tile)
 
 
-def _restore_tiles(network: torch.nn.Module, image: torch.Tensor, tile: int, device: torch.device) -> torch.Tensor:
+def _restore_tiles(
+    network: torch.nn.Module,
+    image: torch.Tensor,
+    tile: int,
+    device: torch.device,
+    on_tile: Callable[[int, int], None],
+) -> torch.Tensor:
     _, height, width = image.shape
     rows, columns = tile_starts(height, tile), tile_starts(width, tile)
     total = torch.zeros(3, height, width)
     weight = torch.zeros(height, width)
+    done = 0
     for top in rows:
         for left in columns:
             piece = image[:, top : top + tile, left : left + tile].to(device)
@@ -64,6 +72,8 @@ def _restore_tiles(network: torch.nn.Module, image: torch.Tensor, tile: int, dev
             area = (slice(top, top + piece.shape[1]), slice(left, left + piece.shape[2]))
             total[(slice(None), *area)] += restored * window
             weight[area] += window
+            done += 1
+            on_tile(done, len(rows) * len(columns))
     return total.div_(weight)
 
 
@@ -97,60 +107,3 @@ def tile_window(start: int, starts: list[int], tile: int, size: int) -> torch.Te
 def _ramp(length: int) -> torch.Tensor:
     """Half a cosine from just above 0 to just below 1; with its mirror image it sums to 1."""
     return 0.5 - 0.5 * torch.cos((torch.arange(length) + 0.5) / length * math.pi)
-
-
-def restore_file(network: torch.nn.Module, source: Path, target: Path, *, tile: int | None, overwrite: bool) -> Picture:
-    """Restore one photograph file into another. PictureError names the file."""
-    check_target(target, overwrite=overwrite)
-    picture = read_picture(source)
-    image = torch.from_numpy(np.ascontiguousarray(picture.rgb.transpose(2, 0, 1)))
-    restored = restore_image(network, image, tile)
-    result = replace(picture, rgb=restored.permute(1, 2, 0).numpy())
-    write_picture(target, result, overwrite=overwrite)
-    return result
-
-
-def restore_all(
-    network: torch.nn.Module,
-    source: Path,
-    target: Path,
-    *,
-    tile: int | None,
-    overwrite: bool,
-    on_file: Callable[[Path, str | None], None],
-) -> int:
-    """Restore a file, or every picture of a folder into the folder `target`; returns how many failed.
-
-    `on_file(path, problem)` is told of each. A picture that cannot be read does not stop the others.
-    """
-    if source.is_dir():
-        files = sorted(
-            path
-            for path in source.iterdir()
-            if path.suffix.lower() in READABLE and path.is_file() and not path.name.startswith(".")
-        )
-        if not files:
-            raise PictureError(f"{source}: no pictures in this folder ({', '.join(READABLE)})")
-        if target.is_file():
-            raise PictureError(f"{target}: is a file: give a folder for a folder")
-        jobs = [(path, target / _writable_name(path)) for path in files]
-        names = [destination.name for _, destination in jobs]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise PictureError(f"{source}: two of its pictures would become {twice}: rename one")
-        target.mkdir(parents=True, exist_ok=True)
-    else:
-        jobs = [(source, target / _writable_name(source) if target.is_dir() else target)]
-    failed = 0
-    for path, destination in jobs:
-        try:
-            restore_file(network, path, destination, tile=tile, overwrite=overwrite)
-            on_file(path, None)
-        except PictureError as error:
-            failed += 1
-            on_file(path, str(error))
-    return failed
-
-
-def _writable_name(path: Path) -> str:
-    return path.name if path.suffix.lower() != ".bmp" else f"{path.stem}.png"

@@ -31,6 +31,8 @@ def explained(work: Callable[[], None], stop: StopRequest | None = None) -> int:
                 handler.stream.write(traceback.format_exc())
                 handler.flush()
         leaving(FAILED, _line(error))
+        for detail in getattr(error, "details", ()):
+            print(detail, file=sys.stderr)
         print(f"error: {_line(error)}", file=sys.stderr, flush=True)
         return _leave(1)
     except StoppedEarly as early:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data.errors import DataError
 from data.image import decode_image, encode_jpeg, encode_png
@@ -357,3 +358,33 @@ def test_frames_are_taken_from_one_split_in_the_order_of_their_numbers(tmp_path)
     gopro(tmp_path / "pairs", frames=1)
     with pytest.raises(DataError, match="its frames are pairs"):
         prepare_dataset("gopro", tmp_path / "pairs", tmp_path / "o4", recipe)
+
+
+def test_lossless_photographs_stay_lossless_and_turned_ones_too(tmp_path):
+    root, image = tmp_path / "photos", picture(3, 96, 80)
+    root.mkdir()
+    for name in ("a.bmp", "b.tif", "c.webp"):
+        Image.fromarray(image).save(root / name, **({"lossless": True} if name.endswith("webp") else {}))
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(image).save(root / "d.jpg", quality=95, exif=exif)
+    for tile in (0, 50):
+        prepare_dataset("folder", root, tmp_path / f"set{tile}", Recipe(tile=tile))
+    whole, tiles = ShardSet(tmp_path / "set0"), ShardSet(tmp_path / "set50")
+    for number in range(3):
+        assert np.array_equal(decode_image(whole.read(number, "png")), image)
+    assert np.array_equal(decode_image(whole.read(3, "png")), decode_image((root / "d.jpg").read_bytes()))
+    assert {tiles.image_member(number) for number in range(12)} == {"png"}
+    assert {tiles.image_member(number) for number in range(12, len(tiles))} == {"jpg"}  # cut from a lossy one
+
+
+def test_all_bad_sources_are_named_and_junk_is_counted(photographs, tmp_path):
+    for name in ("bad1.png", "bad2.jpg"):
+        (photographs / name).write_bytes(b"no picture")
+    (photographs / "._p00.png").write_bytes(b"\x00")
+    (photographs / "Thumbs.db").write_bytes(b"\x00")
+    with pytest.raises(DataError, match=r"2 of 14 sources are bad.*bad1\.png") as caught:
+        prepare_dataset("folder", photographs, tmp_path / "set")
+    assert len(caught.value.details) == 2
+    done = prepare_dataset("folder", photographs, tmp_path / "set", max_bad_fraction=0.5)
+    assert (done.samples, len(done.bad), done.junk) == (12, 2, 2)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import DataError
-from data.prepare.layouts import LAYOUTS, key_of, list_dataset
+from data.prepare.layouts import LAYOUTS, key_of, list_dataset, pairs_in_folders, pairs_of_list
 from data.shards.tar import KEY
 
 REALBLUR = "RealBlur-{}_{}ECC_IMCORR_centroid_itensity_ref"
@@ -217,3 +217,70 @@ def test_every_layout_of_the_table_keeps_the_contract(name, tmp_path, sharpprior
     status, _, error = sharpprior("prepare", name, tmp_path / "nowhere", tmp_path / "out")
     assert status == 1
     assert "nowhere" in error
+
+
+def test_nested_pairs_and_named_folders_are_all_found(tmp_path):
+    touch(tmp_path, "blur/a/1.png", "blur/b/1.png", "blur/10.png", "sharp/a/1.jpg", "sharp/b/1.png", "sharp/10.png")
+    pairs = list_dataset("pairs", tmp_path)
+    names = [tuple(str(path.relative_to(tmp_path)) for path in (pair.blurry, pair.sharp)) for pair in pairs]
+    assert names == [
+        ("blur/a/1.png", "sharp/a/1.jpg"),
+        ("blur/b/1.png", "sharp/b/1.png"),
+        ("blur/10.png", "sharp/10.png"),
+    ]
+    (tmp_path / "sharp" / "b" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"blur/b/1\.png: its sharp partner"):
+        list_dataset("pairs", tmp_path)
+
+
+def test_two_kinds_of_folders_are_not_guessed(tmp_path):
+    touch(tmp_path, "blur/1.png", "sharp/1.png", "input/1.png", "target/1.png", "mine/1.png")
+    with pytest.raises(
+        DataError, match=r"input/ with target/ and blur/ with sharp/; say which are meant with --blurry"
+    ):
+        list_dataset("pairs", tmp_path)
+    (pair,) = pairs_in_folders(tmp_path, "mine", "target", root=tmp_path)
+    assert (pair.blurry, pair.sharp) == (tmp_path / "mine/1.png", tmp_path / "target/1.png")
+    with pytest.raises(DataError, match="nowhere: missing"):
+        pairs_in_folders(tmp_path, "nowhere", "target", root=tmp_path)
+
+
+def test_a_list_says_the_pairs_and_swapped_columns_are_seen(tmp_path):
+    touch(tmp_path, "x/gt/a 1.png", "x/blur/a 1.png", "x/gt/2.png", "x/blur/2.png")
+    (tmp_path / "list.txt").write_text("x/gt/a 1.png\tx/blur/a 1.png\n\nx/gt/2.png x/blur/2.png\n")
+    assert [pair.blurry.name for pair in pairs_of_list(tmp_path / "list.txt", tmp_path)] == ["a 1.png", "2.png"]
+    for text, words in (
+        ("x/blur/2.png x/gt/2.png", "comes first and is blurry"),
+        ("x/gt/2.png", "1 paths"),
+        ("x/gt/2.png x/blur/3.png", r"3\.png: missing \(line 1"),
+    ):
+        (tmp_path / "list.txt").write_text(text)
+        with pytest.raises(DataError, match=words):
+            pairs_of_list(tmp_path / "list.txt", tmp_path)
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="does not read"):
+        pairs_of_list(tmp_path / "list.txt", tmp_path)
+
+
+def test_wrong_layouts_point_to_the_right_one(tmp_path):
+    touch(tmp_path / "repack", "train/input/1.png", "train/target/1.png")
+    with pytest.raises(DataError, match=r"prepare pairs .*repack/train"):
+        list_dataset("gopro", tmp_path / "repack")
+    with pytest.raises(DataError, match=r"prepare pairs .*repack/train"):
+        list_dataset("pairs", tmp_path / "repack", split="test")
+    touch(tmp_path / "gopro", "train/GOPR1/blur/1.png", "train/GOPR1/sharp/1.png")
+    with pytest.raises(DataError, match=r"prepare gopro .*gopro`"):
+        list_dataset("pairs", tmp_path / "gopro")
+    with pytest.raises(DataError, match="nosuch: missing, or no folder; give the folder of sharp photographs"):
+        list_dataset("folder", tmp_path / "nosuch")
+
+
+def test_keys_of_long_paths_keep_the_picture_s_number():
+    name = "RealBlur-J_ECC_IMCORR_centroid_itensity_ref/scene001/blur/blur_12"
+    assert "scene001_blur_blur_12_" in key_of(name)
+    assert key_of(name) != key_of(name.replace("12", "13"))
+
+
+def test_what_systems_leave_behind_is_no_photograph(tmp_path):
+    touch(tmp_path, "a.png", "._a.png", "sub/._b.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "sub/b.png")
+    assert [pair.sharp.name for pair in list_dataset("folder", tmp_path)] == ["a.png", "b.png"]

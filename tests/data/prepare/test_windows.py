@@ -152,3 +152,10 @@ def test_nothing_to_read_is_one_clear_line(tmp_path):
         frame_sources(tmp_path)
     with pytest.raises(DataError, match="missing"):
         frame_sources(tmp_path / "nowhere")
+
+
+def test_a_sequence_that_is_too_short_is_told_as_the_cause(tmp_path):
+    write_sequence(tmp_path / "clip", 5)
+    with pytest.raises(DataError, match="no samples") as caught:
+        prepare_dataset("video", tmp_path, tmp_path / "set", Recipe(windows=Windows(levels=(7, 11))))
+    assert caught.value.details == ["clip: 5 frames; the shortest window has 7"]

@@ -12,8 +12,9 @@ from torch import nn
 
 from data.picture import upright_array
 from model.deblurrer import Deblurred
+from train.restore.files import restore_all
 from train.restore.picture import Picture, PictureError, read_picture, write_picture
-from train.restore.tiles import restore_all, restore_image, tile_starts, tile_window
+from train.restore.tiles import restore_image, tile_starts, tile_window
 
 
 class Known(nn.Module):
@@ -80,7 +81,7 @@ def test_an_identity_network_gives_lossless_files_back_bit_for_bit(suffix, bits,
         Image.fromarray(array if channels > 1 else array[..., 0]).save(source)
     else:  # Pillow has no 16-bit colour
         assert cv2.imwrite(str(source), array if channels > 1 else array[..., 0])
-    assert restore_all(Known(), source, target, tile=64, overwrite=False, on_file=lambda *_: None) == 0
+    assert restore_all(Known(), source, target, tile=64, overwrite=False).restored == 1
     result = np.asarray(Image.open(target)) if bits == 8 else cv2.imread(str(target), cv2.IMREAD_UNCHANGED)
     assert result.dtype == kind
     np.testing.assert_array_equal(result.reshape(array.shape), array)
@@ -93,7 +94,7 @@ def test_the_cameras_orientation_profile_and_metadata_stay(tmp_path):
     exif[0x0112], exif[0x010F] = 6, "camera"
     source, target = tmp_path / "in.png", tmp_path / "out.png"
     Image.fromarray(array).save(source, exif=exif, icc_profile=b"a profile")
-    restore_all(Known(), source, target, tile=None, overwrite=False, on_file=lambda *_: None)
+    restore_all(Known(), source, target, tile=None, overwrite=False)
     with Image.open(target) as result:
         assert result.size == (20, 30)  # turned upright
         assert result.getpixel((15, 5)) == (250, 10, 10)  # top right now
@@ -136,10 +137,8 @@ def test_a_bad_file_in_a_folder_is_told_and_the_rest_go_on(tmp_path):
     (folder / "c.png").write_bytes(whole[: len(whole) // 2])
     Image.fromarray(np.zeros((8, 9), np.uint8)).save(folder / "d.jpg")
     told = {}
-    failed = restore_all(
-        Known(), folder, out, tile=None, overwrite=False, on_file=lambda p, e: told.update({p.name: e})
-    )
-    assert failed == 2
+    done = restore_all(Known(), folder, out, tile=None, overwrite=False, on_file=lambda p, e: told.update({p.name: e}))
+    assert (done.restored, len(done.failed)) == (2, 2)
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "d.jpg"]
     assert told["a.png"] is None
     assert "b.jpg" in told["b.jpg"]
@@ -237,20 +236,51 @@ def test_what_would_be_lost_is_refused(tmp_path):
 
 def test_two_pictures_of_a_folder_never_become_one_file(tmp_path):
     (tmp_path / "in").mkdir()
-    for name in ("a.png", "a.bmp", ".hidden.png"):
+    for name in ("a.png", "a.bmp", ".hidden.png", "b.bmp"):
         Image.new("RGB", (4, 5)).save(tmp_path / "in" / name)
-    with pytest.raises(PictureError, match=r"would become a\.png"):
-        restore_all(Known(), tmp_path / "in", tmp_path / "out", tile=None, overwrite=True, on_file=lambda *_: None)
-    assert not (tmp_path / "out").exists()
+    done = restore_all(Known(), tmp_path / "in", tmp_path / "out", tile=None, overwrite=False)
+    assert done.restored == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bmp.png", "a.png", "b.png"]
+
+
+def test_a_tree_is_kept_and_what_is_skipped_is_named(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "in" / "out"
+    for name in ("a.png", "x/a.png", "x/y/b.jpg", "x/z.gif"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 5)).save(source / name)
+    for name in ("x/notes.txt", "._a.png", "x/noname"):
+        (source / name).write_bytes(b"?")
+    for turn in (1, 2):
+        done = restore_all(Known(), source, out, tile=None, overwrite=False, skip_existing=turn == 2)
+        assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == ["a.png", "x/a.png", "x/y/b.jpg"]
+        assert [path.name for path in done.skipped] == ["noname", "z.gif"]
+        assert (done.restored, done.there) == ((3, 0) if turn == 1 else (0, 3))
+    assert len(restore_all(Known(), source, out, tile=None, overwrite=False).failed) == 3
+
+
+def test_the_folder_of_a_target_is_made_and_tiles_are_told(tmp_path):
+    Image.new("RGB", (200, 150)).save(tmp_path / "a.png")
+    told = []
+    restore_all(
+        Known(),
+        tmp_path / "a.png",
+        tmp_path / "new" / "dir" / "b.png",
+        tile=64,
+        overwrite=False,
+        on_tile=lambda path, done, every: told.append((path.name, done, every)),
+    )
+    assert (tmp_path / "new" / "dir" / "b.png").exists()
+    assert told[0] == ("a.png", 1, len(told))
+    assert told[-1][1] == len(told) > 4
 
 
 def test_a_bad_target_is_told_before_any_work(tmp_path):
     network = Known()
     Image.new("RGB", (4, 5)).save(tmp_path / "a.png")
     told = []
-    for target in ("a.gif", "absent/b.png"):
+    for target in ("a.gif", "a.png"):
         restore_all(network, tmp_path / "a.png", tmp_path / target, tile=None, overwrite=False,
                     on_file=lambda _, problem: told.append(problem))  # fmt: skip
     assert "unknown kind" in told[0]
-    assert "no folder" in told[1]
+    assert "exists" in told[1]
     assert not network.sizes
