@@ -109,3 +109,16 @@ def fresh_optimizer_state(engine: Engine) -> None:
             state[key] = torch.zeros_like(piece.flat.data, dtype=torch.float32)
         on_device = any(group.get("fused") or group.get("capturable") for group in piece.optimizer.param_groups)
         state["step"] = torch.zeros((), dtype=torch.float32, device=piece.flat.device if on_device else "cpu")
+
+
+def forget_updates(engine: Engine, rested: Callable[[str], bool]) -> None:
+    """Let the optimizer take the parameters whose names `rested` knows for new: no moments, no update counted.
+
+    DeepSpeed hands the optimizer zeros where there was no gradient, so that Adam counts updates that never were; its
+    bias correction would then be over before the first true one (of 0.32 times its size with β .9/.9).
+    """
+    for piece in pieces(engine):
+        if rested(piece.name) and piece.optimizer.state.get(piece.flat):
+            for key in MOMENTS:
+                piece.write(key, torch.zeros_like(piece.read(key)))
+            piece.set_updates(0)

@@ -12,6 +12,8 @@ from train.engine.precision import (
     precision_settings,
 )
 
+PRIOR = "prior."  # names of the parameters that the distilling steps train begin so
+
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 TYPES = ("torch_autocast", "bf16", "bfloat16", "fp16", "amp")
 PARTS = ("optimizer", "scheduler", "activation_checkpointing", "compile", "zero_force_ds_cpu_optimizer")
@@ -24,7 +26,7 @@ def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith("prior."), parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((name.startswith(PRIOR), parameter.ndim > 1), []).append(parameter)
     return [
         {"params": params, "prior": prior, "weight_decay": config.optim.weight_decay if decays else 0.0}
         for (prior, decays), params in groups.items()

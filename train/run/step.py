@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from train.engine.engine import Engine
+from train.engine.pieces import forget_updates
+from train.engine.settings import PRIOR
 from train.objective.task import DeblurTask
 from train.run.schedule import cfl_weight, learning_rates
 from train.watch.heartbeat import PROGRESS, beat
@@ -73,6 +75,8 @@ def training_step(
     means: dict[str, float] = {}
     not_finite: dict[str, None] = {}
     batches: list[dict] = []
+    if step == config.train.distill_steps > 0:  # the restorer has waited: its updates begin now
+        forget_updates(engine, lambda name: not name.startswith(PRIOR))
     # Rates are set before the last backward: DeepSpeed updates inside `step()` at the accumulation boundary.
     engine.set_learning_rates(restorer, prior)
     for batch, waited in micro_batches(loader, config.train.accumulation):
