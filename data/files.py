@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +45,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def own_folder(path: Path, setting: str) -> Path:
+    """A folder that this user makes, or made, and nobody else writes into; for places in folders that all users share,
+    where another one could have put files for us to believe. PermissionError, naming `setting`, for any other."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts = path.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+        raise PermissionError(
+            errno.EPERM, f"belongs to another user, or others may write into it: remove it, or set {setting}", str(path)
+        )
+    return path

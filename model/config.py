@@ -88,8 +88,11 @@ class ModelConfig(_Section):
             raise ValueError(f"spe.groups {self.spe.groups} does not divide spe.dim {self.spe.dim}")
         if self.student.frozen_levels > self.levels:
             raise ValueError(f"student.frozen_levels {self.student.frozen_levels} exceeds the {self.levels} levels")
-        if self.student.name == "light" and self.student.weights != "pretrained":
-            raise ValueError("student light starts from the seed: leave student.weights out")
+        given = self.student.weights
+        if self.student.name == "light" and given not in ("pretrained", "random"):
+            raise ValueError(
+                f"light has no weights to read (given: {given}): it starts from the seed; leave weights out"
+            )
         return self
 
     @property

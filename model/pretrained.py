@@ -3,8 +3,10 @@ and `config.yaml` beside it for reading; or one .safetensors file of any name.
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +20,7 @@ from torch import nn
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 SINGLE = ".safetensors"  # the suffix of a model that is one file
 CONFIG_KEY = "config"  # of the metadata in the weights' file: the YAML text
+DIGEST_KEY, _NO_DIGEST = "blake2b", "0" * 32  # of the metadata: the digest of the file
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _WHOLES = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 _DTYPES = {**_FLOATS, **_WHOLES, torch.bool: "BOOL"}
@@ -37,7 +40,7 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self._layout, self._written = Path(path), list(layout), 0
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", DIGEST_KEY: _NO_DIGEST, **(metadata or {})}}
         end = 0
         for name, shape, dtype in self._layout:
             start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
@@ -45,6 +48,7 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._header = len(text).to_bytes(8, "little") + text
+        self._digest = _hash(self._header)
 
     def __enter__(self) -> "SafetensorsWriter":
         self._opened = self._open()
@@ -60,6 +64,8 @@ class SafetensorsWriter:
             yield self
             if self._written != len(self._layout):
                 raise ValueError(f"{self.path}: {self._written} of {len(self._layout)} tensors were written")
+            self._file.seek(self._header.index(_NO_DIGEST.encode()))
+            self._file.write(self._digest.hexdigest().encode())
 
     def write(self, tensor: torch.Tensor) -> None:
         """The next tensor, cast to the dtype that the layout names."""
@@ -67,8 +73,34 @@ class SafetensorsWriter:
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} instead of {tuple(shape)}")
         flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
-        self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        data = memoryview(flat.view(torch.uint8).numpy())
+        self._file.write(data)
+        self._digest.update(data)
         self._written += 1
+
+
+def _hash(start: bytes) -> Any:
+    return hashlib.blake2b(start, digest_size=16)
+
+
+def check_digest(file: Path) -> None:
+    """ValueError where a file's bytes are not those that were written (files without a digest are let through).
+
+    The digest is of the whole file with zeros in its own place.
+    """
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            return  # safetensors says it better
+        header = length.to_bytes(8, "little") + stream.read(length)
+        found = re.search(rb'"%s":"([0-9a-f]{32})"' % DIGEST_KEY.encode(), header)
+        if found is None:
+            return
+        digest = _hash(header[: found.start(1)] + _NO_DIGEST.encode() + header[found.end(1) :])
+        while piece := stream.read(1 << 22):
+            digest.update(piece)
+    if digest.hexdigest().encode() != found[1]:
+        raise ValueError(f"{file} is damaged (its digest is not that of its bytes): copy or save the model again")
 
 
 def config_text(config: Mapping[str, Any]) -> str:
@@ -143,6 +175,7 @@ def load_state(path: str | Path) -> dict[str, torch.Tensor]:
     file = _weights_file(path)
     if not file.is_file():
         raise ValueError(f"no model in {path}: {file.name} is absent (name a folder written by training)")
+    check_digest(file)
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:

@@ -122,16 +122,20 @@ class Teacher(nn.Module):
             dim=1
         )
 
+    def weights_digest(self) -> str:
+        """Return a hex digest of the weights alone."""
+        if self._digest is None:
+            self._digest = weights_digest(self.encoder.net)
+        return self._digest
+
     def fingerprint(self) -> str:
         """Return a hex digest of everything that decides the features: name, weights, timm, levels, preprocessing,
         and the precision at which they are computed on the device where the weights are now."""
-        if self._digest is None:
-            self._digest = weights_digest(self.encoder.net)
         mean, std = self.encoder.mean_std
         facts = {
             "format": FINGERPRINT_FORMAT,
             "name": self.spec.timm_name,
-            "weights": self._digest,
+            "weights": self.weights_digest(),
             "timm": None if self.spec.name in NETWORKS else timm.__version__,
             "strides": self.strides,
             "features": self.encoder.indices,

@@ -58,6 +58,10 @@ class Teachers(nn.Module):
         for teacher in self.teachers:
             teacher.check_classifier()
 
+    def weights_digest(self) -> str:
+        """Return a hex digest of all weights, in the teachers' order."""
+        return "+".join(teacher.weights_digest() for teacher in self.teachers)
+
     def fingerprint(self) -> str:
         """Return a hex digest of what decides the features, in their order: `Teacher.fingerprint`. Weights do not."""
         if len(self.teachers) == 1:

@@ -102,8 +102,8 @@ if [ "$granted" -gt 0 ]; then
 fi
 
 step() { # becomes srun with one task on each node of the job; call it in a subshell
-    exec srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 ${bind:+"$bind"} "${gpu_options[@]}" \
-        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${SRUN_OPTIONS[@]}" "$@"
+    exec srun --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 ${bind:+"$bind"} ${gpu_options[@]+"${gpu_options[@]}"} \
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} "$@"
 }
 
 # -- signals ------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
 
 log = logging.getLogger("sharpprior")
+
+
+class _File(logging.FileHandler):
+    """A run's log.txt; where it cannot be written (a full disk) that is said once, and the console has the lines."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not self._told:
+            self._told = True
+            print(f"{self.baseFilename}: cannot be written (is the disk full?); its lines are lost", file=sys.stderr)
 
 
 def start_logging(file: Path | None, console: Console) -> None:
@@ -23,6 +35,6 @@ def start_logging(file: Path | None, console: Console) -> None:
         plain.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%x %X"))
         log.addHandler(plain)
     if file is not None:
-        kept = logging.FileHandler(file, encoding="utf-8")
+        kept = _File(file, encoding="utf-8")
         kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(kept)

@@ -7,6 +7,7 @@ python train/main.py --config configs/large.yaml --dry-run --ranks 8      # chec
 
 --set optim.lr=1e-4     any key of the configuration
 --resume auto           go on with the run of that name, or start it
+--resume auto --extend N   go on with a finished run until step N (with --set optim.lr=… at another rate)
 --init RUN              start from the weights of a run, a checkpoint or an exported model
 """
 
@@ -24,6 +25,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="go on with a run")
+    parser.add_argument(
+        "--extend", type=int, metavar="STEPS", help="with --resume: steps in all, more than the run had"
+    )
     parser.add_argument("--init", metavar="RUN", help="weights to start from")
     parser.add_argument("--dry-run", action="store_true", help="validate, count and plan; train nothing")
     parser.add_argument("--ranks", type=int, default=None, help="ranks to plan for in a dry run")
@@ -35,6 +39,10 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
 
     stop.heed()
     config = load_config(args.config, args.set)
+    if args.extend is not None:
+        if not args.resume or args.dry_run:
+            raise ValueError("--extend goes on with a run: give --resume auto, or a checkpoint, too")
+        config = load_config(args.config, [*args.set, f"train.steps={args.extend}"])
 
     # Imported here, so that a wrong key is told in a second.
     from train.engine.engine import Engine
@@ -53,7 +61,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         raise ValueError("--ranks plans a --dry-run; the launcher decides how many ranks a run has")
 
     engine = Engine(config)
-    with Session(config, engine, stop, resume=args.resume, init=args.init) as run:
+    extend = args.extend is not None
+    with Session(config, engine, stop, resume=args.resume, init=args.init, extend=extend) as run:
         if config.engine.health_check:
             check_health(engine)
         step, steps = run.step, config.train.steps

@@ -120,6 +120,15 @@ class ShardCache:
             os.utime(path)
         return path
 
+    def fetch_again(self, location: str, shard) -> None:
+        """Fetch a shard anew whose copy here is damaged; said once a copy."""
+        path = self._path(shard.sha256)
+        with self._locked(shard.sha256):
+            if path.exists() and _sha256(path) != shard.sha256:
+                log.warning("%s: damaged since it was fetched; fetching %s again", path, shard.name)
+                path.unlink()
+        self.fetch(location, shard)
+
     def open(self, location: str, shard) -> int:
         """File descriptor of the shard's local copy; stays readable if the copy is evicted meanwhile."""
         for _ in range(10):
@@ -134,9 +143,7 @@ class ShardCache:
         while True:
             have = part.stat().st_size if part.exists() else 0
             if have >= shard.bytes:
-                with open(part, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if have == shard.bytes and found == shard.sha256:
+                if have == shard.bytes and _sha256(part) == shard.sha256:
                     os.replace(part, path)
                     return
                 part.unlink()
@@ -200,6 +207,11 @@ class ShardCache:
                 log.warning("read-ahead: %s", error)
             # It may be evicted and wanted again an epoch later.
             self._asked.discard(shard.sha256)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shard_url(location: str, name: str) -> str:

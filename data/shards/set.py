@@ -202,6 +202,10 @@ class ShardSet:
         shard, row = self.locate(number)
         offset, size, crc = (int(value) for value in self.shards[shard].members[ext][row])
         data = os.pread(self._file(shard), size, offset)
+        if self.remote and zlib.crc32(data) != crc:  # the node's copy was damaged since it was fetched
+            os.close(self._files.pop(shard))
+            self.cache.fetch_again(self.location, self.shards[shard])
+            data = os.pread(self._file(shard), size, offset)
         if len(data) != size:
             raise DataError(f"{self.name(number)}.{ext}: torn shard, {len(data)} of {size} bytes; {_RESTORE}")
         if zlib.crc32(data) != crc:

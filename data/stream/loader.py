@@ -1,6 +1,9 @@
 """Run the training stream of one rank in worker processes."""
 
+import contextlib
+import fcntl
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -133,7 +136,7 @@ class PairLoader:
     def _open(self) -> tuple[Iterator[Made], Callable[[], None]]:
         if self.stream.workers == 0:
             return iter(self.pipeline), lambda: None
-        self._folder = tempfile.mkdtemp(prefix="sharpprior-loader-")
+        self._folder, held = make_folder()
         loader = DataLoader(
             self.pipeline,
             batch_size=None,
@@ -144,6 +147,7 @@ class PairLoader:
             worker_init_fn=partial(_init_loader_worker, Path(self._folder)),
             pin_memory=self.pin_memory,
             timeout=self.look_s,
+            generator=torch.Generator(),  # else it draws from the run's random numbers, once a start
         )
         with main_not_imported_again():
             iterator = iter(loader)
@@ -151,6 +155,7 @@ class PairLoader:
         def stop() -> None:
             iterator._shutdown_workers()
             shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(held)
 
         return iterator, stop
 
@@ -170,6 +175,28 @@ class PairLoader:
                 f"{found} bad samples exceed max_bad_fraction {allowed} of {shards.location} ({counts}); "
                 f"the last: {message}"
             )
+
+
+_PREFIX = "sharpprior-loader-"
+
+
+def make_folder() -> tuple[str, int]:
+    """A folder for what workers say when they hang, and a descriptor that holds it while this process lives. Folders of
+    processes that were killed are removed: nobody holds them."""
+    for old in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or gone already
+            if old.stat().st_uid == os.geteuid() and time.time() - old.stat().st_mtime > 60:  # it may just begin
+                descriptor = os.open(old, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(old, ignore_errors=True)
+                finally:
+                    os.close(descriptor)
+    folder = tempfile.mkdtemp(prefix=_PREFIX)
+    held = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(held, fcntl.LOCK_EX)
+    return folder, held
 
 
 def _init_loader_worker(folder: Path, _: int) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from data.files import replacing, write_atomically
+from data.files import own_folder, replacing, write_atomically
 
 
 def test_bytes_and_text_replace_what_was_there(tmp_path):
@@ -55,3 +55,20 @@ def test_durable_files_are_synced_before_they_take_the_name(tmp_path, monkeypatc
     path.unlink()
     write_atomically(path, b"now")
     assert seen == [False, True]  # the bytes before the name, the folder after it
+
+
+def test_a_folder_that_others_could_have_filled_is_refused(tmp_path):
+    made = own_folder(tmp_path / "new" / "mine", "features.folder")
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert own_folder(made, "features.folder") == made
+    made.chmod(0o770)
+    with pytest.raises(PermissionError, match=r"others may write into it: remove it, or set features\.folder"):
+        own_folder(made, "features.folder")
+    made.chmod(0o700)
+    os.symlink(made, tmp_path / "link")
+    with pytest.raises(PermissionError):
+        own_folder(tmp_path / "link", "features.folder")
+    if os.geteuid() == 0:
+        os.chown(made, 65534, 65534)
+        with pytest.raises(PermissionError, match="another user"):
+            own_folder(made, "features.folder")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model.pretrained import SafetensorsWriter, load_config, load_pretrained, load_state, save_pretrained
 from tests.model.models import RANDOM, deblurrer
@@ -96,7 +96,23 @@ def test_tensors_are_written_one_by_one_in_the_common_format(tmp_path):
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value), name
     with safe_open(tmp_path / "a.safetensors", framework="pt") as opened:
-        assert opened.metadata() == {"format": "pt", "what": "ä"}
+        told = opened.metadata()
+    assert {name: told[name] for name in ("format", "what")} == {"format": "pt", "what": "ä"}
+
+
+def test_no_flipped_bit_of_a_model_goes_unnoticed(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_pretrained(file, {"w": torch.rand(40), "b": torch.rand(3)}, {"version": 1, "zeros": "0" * 40})
+    whole = file.read_bytes()
+    assert load_state(file)["w"].shape == (40,)
+    for bit in range(0, 8 * len(whole), 13):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        file.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"damaged|absent"):
+            load_state(file)
+    save_file({"w": torch.ones(2)}, file)  # another program's, without a digest
+    assert torch.equal(load_state(file)["w"], torch.ones(2))
 
 
 def test_a_file_that_is_not_finished_leaves_nothing(tmp_path):

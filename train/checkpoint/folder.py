@@ -24,7 +24,16 @@ from pathlib import Path
 import torch
 
 from data.files import sync, write_atomically
-from train.checkpoint.manifest import STEP, CheckpointError, RunState, damage, entries_of, read_state, seal
+from train.checkpoint.manifest import (
+    STEP,
+    CheckpointError,
+    RunState,
+    damage,
+    entries_of,
+    read_state,
+    read_tensors,
+    seal,
+)
 from train.checkpoint.model import write_model
 from train.checkpoint.state import read_state_into, write_state
 from train.config.schema import Config
@@ -138,11 +147,16 @@ class Checkpoints:
             read_state_into(path, engine, ema)
             state = read_state(path)
             if state.world == engine.world:
-                _restore_random_state(torch.load(path / f"rng-rank{engine.rank}.pt", weights_only=True))
+                _restore_random_state(read_tensors(path / f"rng-rank{engine.rank}.pt"))
             else:
                 facts = f"{state.seed}/{state.step}/{engine.rank}".encode()
                 torch.manual_seed(int.from_bytes(hashlib.blake2b(facts, digest_size=7).digest(), "little"))
-            return torch.load(path / "loss.pt", map_location=engine.device, weights_only=True)
+            return read_tensors(path / "loss.pt", engine.device)
+
+    def forget_replaced(self) -> None:
+        """Remove what `set_aside_newer` kept: the run has come to its end without it."""
+        for entry in self.folder.glob("step-*.replaced"):
+            shutil.rmtree(entry, ignore_errors=True)
 
     def _point(self) -> None:
         """Write `latest` and `best` as the folders say, whatever a killed process left; of equal gains the first."""
@@ -158,7 +172,8 @@ class Checkpoints:
 
     def _pointed(self, name: str) -> Path | None:
         pointer = self.folder / name
-        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+        text = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+        return self.folder / text if STEP.match(text) else None  # else damaged: `_point` writes it anew
 
     def prune(self, current: int) -> None:
         """Remove all but the newest `keep`, the best, the current step's, and what is held."""

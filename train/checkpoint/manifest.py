@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from data.files import sync, write_atomically
 
 STEP = re.compile(r"^step-(\d+)$")
@@ -24,6 +26,7 @@ class RunState:
 
     samples_consumed is the whole state of the training stream: with the seed it says what comes next. config_digest: of
     what decides the losses in config.yaml beside it; cache_fingerprint: of the feature cache, None without one.
+    teacher_digest: of the teacher's weights, None without one. versions: of the packages that compute.
     """
 
     step: int
@@ -37,6 +40,8 @@ class RunState:
     git_commit: str | None
     gain: float | None = None
     cache_fingerprint: str | None = None
+    teacher_digest: str | None = None
+    versions: dict[str, str] | None = None
 
 
 def read_state(path: Path) -> RunState:
@@ -45,6 +50,17 @@ def read_state(path: Path) -> RunState:
         return RunState(**json.loads((path / "run.json").read_text()))
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of this program ({error})") from None
+
+
+def read_tensors(file: Path, device: torch.device | str = "cpu") -> dict:
+    """What `torch.save` wrote of tensors. CheckpointError for anything else."""
+    try:
+        found = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # of many types, with advice to load it without a check
+        raise CheckpointError(f"{file}: does not read as saved tensors ({type(error).__name__}): damaged") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: holds no table of tensors: damaged")
+    return found
 
 
 def manifest_of(path: Path) -> dict[str, dict]:

@@ -25,6 +25,8 @@ def find_checkpoint(resume: str, checkpoints: Checkpoints, far: FarFolder | None
     run's folder has none. CheckpointError where what is there cannot be used; None where nothing is."""
     if resume != "auto":
         path = Path(resume)
+        if not path.exists():
+            raise CheckpointError(f"--resume {resume}: no such checkpoint: name one of a run's, or auto")
         problem = damage(path)
         if problem is not None:
             raise CheckpointError(f"{problem}: not a whole checkpoint; name another, or --resume auto")
@@ -43,18 +45,50 @@ def find_checkpoint(resume: str, checkpoints: Checkpoints, far: FarFolder | None
     return path
 
 
-def check_fits(path: Path, config: Config, digests: dict[str, str]) -> None:
-    """CheckpointError where going on would not be the same run. digests: of the `training` and `validation` data."""
+EXTENDED = (
+    ("train", "steps"),
+    ("optim", "lr"),
+    ("optim", "prior_lr_scale"),
+    ("optim", "final_lr"),
+    ("optim", "warmup"),
+)
+
+
+def check_fits(path: Path, config: Config, digests: dict[str, str], *, extend: bool = False) -> None:
+    """CheckpointError where going on would not be the same run. digests: of the `training` and `validation` data.
+    extend: it shall be another run in its number of steps and its learning rates."""
     state = read_state(path)
     for name, was in (("training", state.index_digest), ("validation", state.val_digest)):
-        if was != digests[name]:
+        if was != digests[name] and (name == "training" or (was and digests[name])):  # validation may be switched
             raise CheckpointError(f"{path}: the {name} data's index changed since: start a run with --init {path}")
-    differing = differences(deciding(load_config(path / "config.yaml")), deciding(config))
+    before, now = deciding(load_config(path / "config.yaml")), deciding(config)
+    if extend:
+        for section, key in EXTENDED:
+            del before[section][key], now[section][key]
+        if config.train.steps <= state.step:
+            raise CheckpointError(f"--extend {config.train.steps}: the run is at step {state.step}: give more")
+    differing = differences(before, now)
     if differing:
         raise CheckpointError(
-            f"{path}: the configuration differs ({', '.join(differing[:4])}): undo that, or start a run with "
-            f"--init {path}"
+            f"{path}: the configuration differs ({', '.join(differing[:4])}): undo that, go on for more steps with "
+            f"--extend, or start a run with --init {path}"
         )
+
+
+def check_computed_alike(path: Path, teacher_digest: str | None, versions: dict[str, str]) -> str | None:
+    """CheckpointError where the teacher's weights are no longer those that the run began with; where only packages
+    changed, what did, in words."""
+    state = read_state(path)
+    if state.teacher_digest is not None and state.teacher_digest != teacher_digest:
+        raise CheckpointError(
+            f"{path}: the teacher's weights are not those that this run began with: put the file of "
+            f"model.teacher.weights back, or start a run with --init {path}"
+        )
+    before = state.versions or versions
+    changed = [
+        f"{name} {before.get(name)} → {versions.get(name)}" for name in versions if before.get(name) != versions[name]
+    ]
+    return ", ".join(changed) or None
 
 
 def divided_anew(path: Path, config: Config, world: int) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from model.deblurrer import Deblurrer
 from model.pretrained import CONFIG, SINGLE, WEIGHTS, load_config, load_pretrained
 from train.checkpoint.folder import Checkpoints
-from train.checkpoint.manifest import MANIFEST, damage
+from train.checkpoint.manifest import MANIFEST, damage, read_tensors
 from train.config.file import build_config
 from train.config.networks import build_model
 from train.config.schema import Config
@@ -57,7 +57,12 @@ def load_model(path: str | Path, device: torch.device, which: str = "latest") ->
     """(network in eval mode, configuration, folder or file) of what was saved. ValueError if it does not load."""
     folder = model_folder(path, which)
     config = build_config(load_config(folder), {(): str(folder / CONFIG if folder.is_dir() else folder)})
-    network = build_model(config, read_weights=False)
+    try:
+        network = build_model(config, read_weights=False)
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(
+            f"{folder}: its configuration describes a network that cannot be built here ({str(error).splitlines()[0]})"
+        ) from None
     load_pretrained(network, folder)
     return network.to(device).eval(), config, folder
 
@@ -65,7 +70,7 @@ def load_model(path: str | Path, device: torch.device, which: str = "latest") ->
 def loss_state(folder: Path) -> dict | None:
     """The measured feature statistics beside a checkpoint's model; None for an exported model."""
     path = folder / "loss.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+    return read_tensors(path) if path.is_file() else None
 
 
 def describe(folder: Path) -> str:

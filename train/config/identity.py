@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from importlib.metadata import version
 from typing import Any
 
 from train import ROOT
@@ -54,3 +55,8 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that compute a run."""
+    return {name: version(name) for name in ("torch", "deepspeed", "accelerate", "timm", "numpy")}

@@ -215,7 +215,14 @@ class CheckpointSection(Section):
     """Longest wait at the end of a run for the last copy, s."""
 
 
+def _switched(given: object) -> object:
+    """`eval: off`, which YAML 1.1 reads as false, stands for a section."""
+    return {"enabled": given} if isinstance(given, bool) else given
+
+
 class EvalSection(Section):
+    enabled: bool = True
+    """false (or `eval: off`): no validation; no set is read for it, nothing is scored, and there is no report."""
     every: int = Field(default=500, ge=0)
     """Steps between evaluations, beside those before the first step and after the last; 0: only those."""
     at_start: bool = True
@@ -241,7 +248,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    eval: EvalSection = EvalSection()
+    eval: Annotated[EvalSection, BeforeValidator(_switched)] = EvalSection()
 
     @model_validator(mode="after")
     def _learnable(self) -> Config:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from data.files import own_folder
 from data.shards.remote import ShardCache
 from data.shards.set import ShardSet
 from data.stream.loader import PairLoader
@@ -33,9 +34,9 @@ class Source:
         return f"{self.path} ({self.why})"
 
 
-def data_sources(config: Config) -> tuple[list[Source], Source]:
+def data_sources(config: Config) -> tuple[list[Source], Source | None]:
     """(training, validation) shards: data.train and data.val where set, else `$SHARPPRIOR_DATA` (its train/ and val/
-    where it has them, else itself for training), else the bundled photographs."""
+    where it has them, else itself for training), else the bundled photographs. Under `eval: off` the latter is None."""
     folder = os.environ.get(VARIABLE)
     bundled, val = (Source(str(BUNDLED / split), "bundled photographs") for split in ("train", "val"))
     train = [bundled]
@@ -54,7 +55,7 @@ def data_sources(config: Config) -> tuple[list[Source], Source]:
             raise ValueError("data.train: the list of sources is empty: name at least one")
     if config.data.val is not None:
         val = Source(config.data.val, "from data.val")
-    return train, val
+    return train, val if config.eval.enabled else None
 
 
 def with_resolved_data(config: Config) -> Config:
@@ -62,7 +63,7 @@ def with_resolved_data(config: Config) -> Config:
     train, val = data_sources(config)
     named = {
         "train": [SourceSection(path=_absolute(source.path), weight=source.weight) for source in train],
-        "val": _absolute(val.path),
+        "val": _absolute(val.path) if val is not None else config.data.val,
     }
     return config.model_copy(update={"data": config.data.model_copy(update=named)})
 
@@ -75,15 +76,17 @@ def open_set(path: str, config: Config, *, check: bool = True) -> ShardSet:
     """A shard set, local or remote; shards of a remote one are kept in the node's cache. DataError if unusable."""
     if "://" not in path:
         return ShardSet(path, check=check)
-    folder = config.data.cache.folder or os.path.join(tempfile.gettempdir(), f"sharpprior-shards-{os.getuid()}")
+    shared = Path(tempfile.gettempdir()) / f"sharpprior-shards-{os.getuid()}"
+    folder = config.data.cache.folder or own_folder(shared, "data.cache.folder")
     return ShardSet(path, cache=ShardCache(folder, int(config.data.cache.limit_gib * 2**30)), check=check)
 
 
-def open_sets(config: Config) -> tuple[list[ShardSet], ShardSet]:
-    """The opened training and validation sets of a run."""
+def open_sets(config: Config) -> tuple[list[ShardSet], ShardSet | None]:
+    """The opened training and validation sets of a run; the latter None under `eval: off`."""
     train, val = data_sources(config)
     check = config.data.max_bad_fraction == 0
-    return [open_set(source.path, config, check=check) for source in train], open_set(val.path, config, check=check)
+    validation = open_set(val.path, config, check=check) if val is not None else None
+    return [open_set(source.path, config, check=check) for source in train], validation
 
 
 def digest_of(sets: Sequence[ShardSet]) -> str:

@@ -39,8 +39,10 @@ def evaluate_saved(
     if out is not None and (out / "report.md").exists() and not overwrite:
         raise ValueError(f"{out / 'report.md'}: exists: choose another folder, or --overwrite")
     network, config, folder = load_model(run, device, which)
-    source = data or str(data_sources(config)[1])
-    val_set = open_set(data or data_sources(config)[1].path, config)
+    own = data_sources(config)[1]
+    if data is None and own is None:
+        raise ValueError(f"{run}: was trained without validation (eval: off): name a set with --data")
+    source, val_set = data or str(own), open_set(data or own.path, config)
     crops, side = per_tier or config.eval.per_tier, crop or config.eval.crop
     measured = loss_state(folder) if config.model.prior else None
     task = None

@@ -20,6 +20,7 @@ from data.feature_cache.codec import dequantise, quantise
 from data.feature_cache.folders import default_root
 from data.feature_cache.reader import Found, SwitchedAttach
 from data.feature_cache.spec import CacheSpec, crop_keys
+from data.files import own_folder
 from train.config.schema import Config
 from train.log import log
 
@@ -50,7 +51,9 @@ class CachedTargets:
         self._since_check = 0
         settings, spec = self.settings, cache_spec(teacher, config)
         limit = int(settings.limit_gib * 2**30)
-        self.cache = FeatureCache(settings.folder or default_root(), spec, limit_bytes=limit)
+        self.cache = FeatureCache(
+            settings.folder or own_folder(default_root(), "features.folder"), spec, limit_bytes=limit
+        )
         self.writer = self.cache.writer(f"rank{rank}")
         self.attach = SwitchedAttach(self.cache.reader())
         self.deciding = settings.cache == "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ class DeblurTask:
         """Have the training batches' features come through the node's cache, where the configuration wants one."""
         if self.teacher is not None and self.config.features.cache != "off":
             self.targets = CachedTargets(self.teacher, self.config, self.device, rank)
+
+    @cached_property
+    def teacher_digest(self) -> str | None:
+        """Digest of the teacher's weights, None without one."""
+        return self.teacher.weights_digest() if self.teacher is not None else None
 
     @property
     def cache_fingerprint(self) -> str | None:

@@ -38,7 +38,8 @@ def dry_run(config: Config, ranks: int | None) -> None:
     sets, val_set = open_sets(config)
     for shards in sets:
         check_crop_fits(shards, config.data.crop)
-    check_crop_fits(val_set, config.eval.crop, "eval.crop")
+    if val_set is not None:
+        check_crop_fits(val_set, config.eval.crop, "eval.crop")
     _read_weights(config)
     with torch.device("meta"):
         network = build_model(config)
@@ -78,7 +79,7 @@ def _print_memory(console: Console, config: Config, network, world: int, micro: 
 
 
 def _print_run(
-    console: Console, config: Config, world: int, micro: int, sets: list[ShardSet], val_set: ShardSet
+    console: Console, config: Config, world: int, micro: int, sets: list[ShardSet], val_set: ShardSet | None
 ) -> None:
     train, val = data_sources(config)
     batch, steps = config.train.batch, config.train.steps
@@ -88,14 +89,16 @@ def _print_run(
         raise ValueError(f"{folder}: cannot be created here: choose another with --set run.root=…")
     for source, shards in zip(train, sets, strict=True):
         console.print(f"training data: {source}, {len(shards)} samples in {len(shards.shards)} shards")
-    console.print(f"validation data: {val}, {len(val_set)} samples")
+    if val_set is not None:
+        console.print(f"validation data: {val}, {len(val_set)} samples")
     console.print(
         f"steps: {steps} ({config.train.distill_steps} distill), {batch} pairs each = {world} ranks × "
         f"{config.train.accumulation} accumulation × {micro}; {steps * batch:,} pairs, "
         f"{steps * batch / sum(map(len, sets)):.1f} epochs"
     )
-    pairs = validation_count(val_set, TIERS, config.eval.per_tier)
-    console.print(f"an evaluation: {pairs} pairs of {config.eval.crop} px; run folder: {folder} ({state})")
+    pairs = validation_count(val_set, TIERS, config.eval.per_tier) if val_set is not None else 0
+    scored = f"an evaluation: {pairs} pairs of {config.eval.crop} px" if pairs else "no validation: eval is off"
+    console.print(f"{scored}; run folder: {folder} ({state})")
 
 
 def _existing_parent(path: Path) -> Path:

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.files import write_atomically
+from data.files import sync, write_atomically
 from train.config.file import dump_config
 from train.config.schema import Config
+from train.log import log
 
 _MADE_AT_START = {".lock", "config.yaml", "log.txt", "checkpoints", "tensorboard", "heartbeat", "traces"}
 
@@ -77,24 +78,44 @@ class RunFolder:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl; floats keep all their digits."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.metrics}: cannot be written ({error.strerror}): free space there, then go on with --resume auto"
+            ) from error
+
+    def sync_metrics(self) -> None:
+        """Push the records to the disk: a checkpoint that follows counts on them."""
+        if self.metrics.exists():
+            sync(self.metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Records of metrics.jsonl; a last line torn by a kill is left out."""
+        """Records of metrics.jsonl; lines that are none (torn by a kill, damaged) are left out."""
         if not self.metrics.is_file():
             return []
         records = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
         return records
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop records after `step`: the resumed run writes those steps again."""
+    def rewind_metrics(self, step: int, log_every: int) -> None:
+        """Drop records after `step`: the resumed run writes those steps again. Warns where some before it are gone."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
+        there = {record["step"] for record in kept if "loss" in record}
+        wanted = [n for n in range(1, step + 1) if n % log_every == 0]
+        gone = [n for n in wanted if n not in there]
+        if gone:
+            log.warning(
+                "%s: %d of %d records up to step %d are gone or damaged (the first: step %d); curves will lack them",
+                *(self.metrics, len(gone), len(wanted), step, gone[0]),
+            )
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 

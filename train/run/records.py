@@ -16,7 +16,7 @@ from train.evaluate.report import draw_curve, draw_panel, draw_similarity, tier_
 from train.evaluate.scores import Evaluation
 from train.log import log
 from train.run.facts import run_facts, run_notes
-from train.run.folder import RunFolder
+from train.run.folder import RunFolder, RunFolderError
 from train.run.progress import TrainingProgress
 from train.run.shares import StepShares
 from train.run.step import StepResult
@@ -102,9 +102,20 @@ class Records:
             log.info(line)
         log.info("report: %s  pictures: %s", folder.report, folder.panel)
 
+    def curve(self) -> None:
+        """The end of a run without validation: the curve of its losses."""
+        draw_curve(self.folder.read_metrics(), self.folder.curve)
+        log.info("curve: %s (no report: eval is off)", self.folder.curve)
+
     def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(f"{group}/{name}", value, step)
+        try:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.folder.tensorboard}: cannot be written ({error.strerror}): free space there, then go on with "
+                "--resume auto"
+            ) from error
 
 
 def logged(step: int, config: Config) -> bool:

@@ -44,6 +44,8 @@ def cfl_weight(step: int, config: Config) -> float:
 
 def evaluation_due(step: int, config: Config) -> bool:
     """Whether an evaluation belongs to where a run stands with `step` steps done."""
+    if not config.eval.enabled:
+        return False
     if step == 0:
         return config.eval.at_start
     return step == config.train.steps or bool(config.eval.every and step % config.eval.every == 0)

@@ -16,14 +16,15 @@ from rich.console import Console
 from data.blur import TIERS
 from data.stream.validation import validation_count, validation_pairs
 from model.deblurrer import Deblurrer
-from model.pretrained import load_pretrained
+from model.pretrained import CONFIG, load_pretrained
 from train.checkpoint.copier import Copier
 from train.checkpoint.far import FarFolder, far_folder
 from train.checkpoint.folder import Checkpoints
 from train.checkpoint.manifest import RunState, read_state
-from train.checkpoint.resume import check_fits, divided_anew, find_checkpoint
+from train.checkpoint.resume import check_computed_alike, check_fits, divided_anew, find_checkpoint
 from train.checkpoint.saved import model_folder
-from train.config.identity import config_digest, git_commit
+from train.config.file import load_config
+from train.config.identity import config_digest, git_commit, versions
 from train.config.networks import build_model
 from train.config.schema import Config
 from train.config.sources import data_sources, digest_of, open_sets, pair_loader, with_resolved_data
@@ -36,7 +37,7 @@ from train.log import log, start_logging
 from train.objective.task import DeblurTask
 from train.run.folder import RunFolder
 from train.run.records import Records, logged
-from train.run.schedule import evaluation_due
+from train.run.schedule import evaluation_due, learning_rates
 from train.run.shares import StepShares
 from train.run.step import StepResult
 from train.watch.heartbeat import beat
@@ -56,11 +57,18 @@ class Session:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, stop: StopRequest, *, resume: str | None, init: str | None
+        self,
+        config: Config,
+        engine: Engine,
+        stop: StopRequest,
+        *,
+        resume: str | None,
+        init: str | None,
+        extend: bool = False,
     ) -> None:
         if resume and init and resume != "auto":
             raise ValueError("--resume and --init exclude each other: a resumed run has its weights")
-        self.engine, self.stopping = engine, stop
+        self.engine, self.stopping, self._extend = engine, stop, extend
         self.copier: Copier | None = None
         self.records: Records | None = None
         with contextlib.ExitStack() as opened:  # what is open is closed, the last first, also where opening fails
@@ -132,7 +140,10 @@ class Session:
         train, val = self._sources
         for source, shards in zip(train, self.train_sets, strict=True):
             log.info("training data: %s, %d samples", source, len(shards))
-        log.info("validation data: %s, %d samples", val, len(self.val_set))
+        if self.val_set is not None:
+            log.info("validation data: %s, %d samples", val, len(self.val_set))
+        else:
+            log.info("no validation: eval is off")
 
     def _checkpoint_to_resume(self, resume: str | None) -> tuple[Path | None, FarFolder | None]:
         """The checkpoint to go on from, the same on every rank, and on rank 0 where copies are kept."""
@@ -146,10 +157,11 @@ class Session:
                 self.checkpoints.tidy()
                 found = find_checkpoint(resume, self.checkpoints, far)
                 if found is not None:
-                    digests = {"training": digest_of(self.train_sets), "validation": self.val_set.digest}
-                    check_fits(found, self.config, digests)
+                    digests = {"training": digest_of(self.train_sets), "validation": self._val_digest}
+                    check_fits(found, self.config, digests, extend=self._extend)
                     self.checkpoints.set_aside_newer(read_state(found).step)
-                self.folder.rewind_metrics(read_state(found).step if found else -1)
+                log_every = load_config(found / CONFIG).train.log_every if found else 1
+                self.folder.rewind_metrics(read_state(found).step if found else -1, log_every)
         return engine.gather(found)[0], far
 
     def _open_model(self, checkpoint: Path | None, init: str | None) -> None:
@@ -203,6 +215,11 @@ class Session:
         if checkpoint.resolve() == self.checkpoints.path(self.step).resolve():
             self._saved = self.step
         log.info("resumed %s at step %d of %d", checkpoint, self.step, config.train.steps)
+        if self._extend:
+            was, now = (learning_rates(self.step, each)[0] for each in (load_config(checkpoint / CONFIG), config))
+            log.info("extended: learning rate %.2e here by the old schedule, %.2e by that of all the steps", was, now)
+        if (packages := check_computed_alike(checkpoint, self.task.teacher_digest, versions())) is not None:
+            log.warning("computed by other versions from here on: %s", packages)
         changed = divided_anew(checkpoint, config, engine.world)
         if changed is not None:
             log.info("its state was divided anew: %s; a step stays %d pairs", changed, config.train.batch)
@@ -321,11 +338,15 @@ class Session:
             seed=self.config.run.seed,
             config_digest=config_digest(self.config),
             index_digest=digest_of(self.train_sets),
-            val_digest=self.val_set.digest,
+            val_digest=self._val_digest,
             git_commit=self._commit,
             gain=self.evaluation.severe_gain() if self.evaluation is not None and self._evaluated == step else None,
             cache_fingerprint=self._cache_fingerprint,
+            teacher_digest=self.task.teacher_digest,
+            versions=versions(),
         )
+        if self.engine.main:
+            self.folder.sync_metrics()
         path = self.checkpoints.save(self.engine, self.ema, state, self.config, self.task.state_dict())
         log.info("checkpoint %s", path)
         if self.copier is not None:
@@ -333,6 +354,10 @@ class Session:
         self._saved = step
         self.stopping.agree(self.engine)  # asked while saving: not one step more
         return path
+
+    @property
+    def _val_digest(self) -> str:
+        return self.val_set.digest if self.val_set is not None else ""
 
     def _share_batch_norm(self) -> None:
         if self.config.model.student.batch_norm == "batch":
@@ -353,12 +378,19 @@ class Session:
         """The report and its pictures."""
         self._end_bar()
         beat("finish")
+        if self.val_set is None:
+            self.checkpoints.forget_replaced() if self.engine.main else None
+            if self.records is not None:
+                self.records.curve()
+            return
         complete = all(path.exists() for path in (self.folder.report, self.folder.panel, self.folder.curve))
         if self.evaluation is None and all(self.engine.gather(complete)):
             log.info("%s is finished: nothing to do", self.folder.path)
             return
         if self.evaluation is None:  # killed between its last checkpoint and its report
             self.evaluate(self.step)
+        if self.engine.main and not self.stopping.agreed:
+            self.checkpoints.forget_replaced()
         if self.records is not None and self.evaluation is not None and not self.stopping.agreed:
             train, val = self._sources
             sources = {"training data": "; ".join(map(str, train)), "validation data": str(val)}

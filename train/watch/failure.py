@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -23,13 +26,15 @@ def explained(work: Callable[[], None], stop: StopRequest | None = None) -> int:
     user's (configuration, data, files); their traceback goes to the run's log. Anything else is a defect of ours and
     keeps its traceback.
     """
+    threading.excepthook = _quiet_about_disks
     try:
         work()
     except (ValueError, OSError) as error:
         for handler in log.handlers:
             if isinstance(handler, logging.FileHandler):
-                handler.stream.write(traceback.format_exc())
-                handler.flush()
+                with contextlib.suppress(OSError, ValueError):  # the disk may be full: then it is what is told below
+                    handler.stream.write(traceback.format_exc())
+                    handler.flush()
         leaving(FAILED, _line(error))
         for detail in getattr(error, "details", ()):
             print(detail, file=sys.stderr)
@@ -56,9 +61,19 @@ def explained(work: Callable[[], None], stop: StopRequest | None = None) -> int:
     return 0
 
 
+def _quiet_about_disks(failed: threading.ExceptHookArgs) -> None:
+    """A thread that could not write its file (TensorBoard's, of a full disk) is one line too."""
+    if isinstance(failed.exc_value, OSError):
+        print(f"{_line(failed.exc_value)}: a thread that writes files ends", file=sys.stderr, flush=True)
+    else:
+        threading.__excepthook__(failed)
+
+
 def _line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}: free space where the run's folder lies, then go on with --resume auto"
     return " ".join(str(error).split()) or type(error).__name__
 
 

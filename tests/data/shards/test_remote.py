@@ -207,3 +207,16 @@ def test_memory_and_file_urls_work(make_set, cache):
     assert ShardSet("memory://bucket", cache=cache).read(1, "jpg") == ShardSet(f"file://{root}").read(1, "jpg")
     with pytest.raises(DataError, match="nonsense"):
         ShardSet("nonsense://bucket", cache=cache)
+
+
+def test_a_copy_that_was_damaged_on_the_node_is_fetched_again(server, cache, caplog):
+    shards = ShardSet(server.url, cache=cache)
+    before = shards.read(0, "jpg")
+    copy = shards.shard_path(0)
+    data = bytearray(copy.read_bytes())
+    offset = int(shards.shards[0].members["jpg"][0][0])
+    data[offset + 5] ^= 1
+    copy.write_bytes(data)
+    assert shards.read(0, "jpg") == before
+    assert "damaged since it was fetched; fetching" in caplog.text
+    assert ShardSet(server.url, cache=cache).read(0, "jpg") == before

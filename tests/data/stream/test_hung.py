@@ -3,8 +3,10 @@
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from data.errors import DataError
 from data.shards.set import ShardSet
 from data.stream.config import StreamConfig
 from data.stream.hung import describe
-from data.stream.loader import PairLoader
+from data.stream.loader import PairLoader, make_folder
 from tests.data.stream.hanging import sleep_at_second_batch
 from tests.train.small_sets import small_set
 
@@ -91,3 +93,16 @@ def test_workers_end_when_the_main_process_ends_them(photographs):
 
 def test_a_process_that_is_gone_is_said_to_be(tmp_path):
     assert describe(tmp_path, [2**22 + 1]) == f"worker 0 (process {2**22 + 1}) is gone"
+
+
+def test_folders_of_killed_processes_are_removed_and_held_ones_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder, held = make_folder()
+    left = tmp_path / "sharpprior-loader-left"
+    left.mkdir()
+    for path in (left, Path(folder)):
+        os.utime(path, (1, 1))
+    other, held_too = make_folder()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(Path(path).name for path in (folder, other))
+    os.close(held)
+    os.close(held_too)
