@@ -42,7 +42,8 @@ class Attempt:
     """One drawn blur of a plan and the pixels it needs.
 
     window [S + 2m, S + 2m, 3] uint8, m = recipe.margin; background: the same without the moving objects, or None;
-    noise [3, S, S] uint16: quantile numbers for `photometry.normal_quantiles`; padded: most px reflected at a side.
+    noise [3, S, S] uint16: quantile numbers for `photometry.normal_quantiles`; padded: most px reflected at a side;
+    lamps [S + 2m, S + 2m] float32: `photometry.spots` of the window, where trails were drawn and there are any.
     """
 
     number: int
@@ -51,6 +52,7 @@ class Attempt:
     background: np.ndarray | None
     noise: np.ndarray
     padded: int
+    lamps: np.ndarray | None = None
 
 
 def plan_pair(
@@ -93,7 +95,15 @@ def draw_attempt(plan: PairPlan, number: int) -> Attempt:
     if isinstance(recipe.motion, Layers):
         background = background_of(window, recipe.motion.masks, recipe.motion.elsewhere)
     noise = camera.noise_indices(stream(key, number, _NOISE), (3, plan.frame.size, plan.frame.size))
-    return Attempt(number, recipe, window, background, noise, padded)
+    lamps = camera.spots(window) if recipe.photometry.trail > 0 else None
+    return Attempt(number, recipe, window, background, noise, padded, lamps)
+
+
+def lamps_behind(attempt: Attempt) -> np.ndarray | None:
+    """The lamps of an attempt's background: those that no object covers."""
+    if attempt.lamps is None or not isinstance(attempt.recipe.motion, Layers):
+        return None
+    return np.where(attempt.recipe.motion.masks.max(axis=0) == 255, np.float32(0), attempt.lamps)
 
 
 def sharp_crop(plan: PairPlan) -> np.ndarray:

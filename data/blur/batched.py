@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from data.blur import photometry as camera
-from data.blur.attempt import Attempt, PairPlan, attempts_of, draw_attempt, psnr_miss, sharp_crop
+from data.blur.attempt import Attempt, PairPlan, attempts_of, draw_attempt, lamps_behind, psnr_miss, sharp_crop
+from data.blur.batched_isp import develop_batch, sharpen_batch
 from data.blur.batched_jpeg import jpeg_batch
 from data.blur.kernel import fast_dft_size
 from data.blur.layers import Layers
 from data.blur.pair import BlurPair, Result, better, pair_meta
+from data.blur.rolling import Rolling
 from data.blur.rotation import Rotation
 from data.blur.severity import PSNR_CAP
 
@@ -67,7 +69,7 @@ def render_batch(attempts: Sequence[Attempt], device: torch.device | str) -> tor
     quantiles = torch.from_numpy(camera.normal_quantiles()).to(device)
     deviates = quantiles[noise.int().bitwise_and(0xFFFF)].permute(0, 2, 3, 1)  # [B, S, S, 3]
     light = light + deviates * torch.sqrt(light * shot[:, None, None] + read[:, None, None])
-    codes = _encode(light, photometry)
+    codes = _codes(light, photometry)
     chosen = [i for i, p in enumerate(photometry) if p.jpeg_quality is not None]
     if chosen:
         codes[chosen] = jpeg_batch(codes[chosen], [photometry[i].jpeg_quality for i in chosen])
@@ -80,25 +82,27 @@ def blurred_light_batch(attempts: Sequence[Attempt], device: torch.device | str)
     size = attempts[0].noise.shape[-1]
     device = torch.device(device)
     result = torch.empty(len(attempts), size, size, 3, device=device)
-    uniform = [i for i, attempt in enumerate(attempts) if not isinstance(attempt.recipe.motion, Rotation)]
+    uniform = [i for i, each in enumerate(attempts) if not isinstance(each.recipe.motion, Rotation | Rolling)]
     if uniform:
         result[uniform] = _convolved([attempts[i] for i in uniform], size, device)
     for i in set(range(len(attempts))) - set(uniform):
-        light = _scene(attempts[i].window, attempts[i], device)
-        result[i] = _rotated(light, attempts[i].recipe.motion, size).permute(1, 2, 0)
+        motion, light = attempts[i].recipe.motion, _scene(attempts[i].window, attempts[i], device, attempts[i].lamps)
+        average = _rotated if isinstance(motion, Rotation) else _rolled
+        result[i] = average(light, motion, size).permute(1, 2, 0)
     white = np.stack([camera.white_of(attempt.window, attempt.recipe.photometry.response) for attempt in attempts])
     white = torch.from_numpy(white).to(device)[:, None, None]
     return torch.minimum(result.clamp_min(0), white)
 
 
-def _scene(codes: np.ndarray, attempt: Attempt, device: torch.device) -> torch.Tensor:
-    """Scene light [3, H, W] float32 of codes [H, W, 3] uint8: decoded, highlights boosted."""
+def _scene(codes: np.ndarray, attempt: Attempt, device: torch.device, lamps: np.ndarray | None) -> torch.Tensor:
+    """Scene light [3, H, W] float32 of codes [H, W, 3] uint8: decoded, highlights and lamps [H, W] boosted."""
     pixels = torch.from_numpy(codes).to(device).permute(2, 0, 1).int()
     light = torch.from_numpy(attempt.recipe.photometry.response.to_linear).to(device)[pixels]
-    boost = attempt.recipe.photometry.highlight_boost
-    if boost <= 0:
-        return light
-    return light * (1 + boost * torch.from_numpy(camera.highlight_table()).to(device)[pixels.amax(0)])
+    boost, trail = attempt.recipe.photometry.highlight_boost, attempt.recipe.photometry.trail
+    gain = 1 + boost * torch.from_numpy(camera.highlight_table()).to(device)[pixels.amax(0)] if boost > 0 else 1.0
+    if trail > 0 and lamps is not None:
+        gain = gain + trail * torch.from_numpy(lamps).to(device)
+    return light * gain
 
 
 def _convolved(attempts: Sequence[Attempt], size: int, device: torch.device) -> torch.Tensor:
@@ -108,9 +112,9 @@ def _convolved(attempts: Sequence[Attempt], size: int, device: torch.device) -> 
     spans: list[int] = []
     for attempt in attempts:
         motion, margin = attempt.recipe.motion, attempt.recipe.margin
-        light = _scene(attempt.window, attempt, device)
+        light = _scene(attempt.window, attempt, device, attempt.lamps)
         if isinstance(motion, Layers):
-            parts = [(_scene(attempt.background, attempt, device), motion.kernels[0])]
+            parts = [(_scene(attempt.background, attempt, device, lamps_behind(attempt)), motion.kernels[0])]
             for mask, kernel in zip(motion.masks, motion.kernels[1:], strict=True):
                 opacity = torch.from_numpy(mask).to(device).float() / 255
                 parts.append((torch.cat([light * opacity, opacity[None]]), kernel))
@@ -179,9 +183,36 @@ def _rotated(light: torch.Tensor, motion: Rotation, size: int) -> torch.Tensor:
     return result
 
 
-def _encode(light: torch.Tensor, photometry: Sequence[camera.Photometry]) -> torch.Tensor:
-    """uint8 codes of light [B, S, S, 3], each sample by its own response curve."""
-    tables = np.stack([p.response.to_code for p in photometry])
+def _rolled(light: torch.Tensor, motion: Rolling, size: int) -> torch.Tensor:
+    """Average of the moments of a scene [3, H, W] → [3, S, S]."""
+    height, width = light.shape[1:]
+    along = torch.linspace(0.0, 1.0, size, device=light.device)
+    ends = torch.from_numpy(motion.ends).to(light.device) + motion.margin
+    result = torch.zeros(3, size, size, device=light.device)
+    for some in ends.split(_POSES):
+        x, y = (some[:, :, :1, axis] + (some[:, :, 1:, axis] - some[:, :, :1, axis]) * along for axis in (0, 1))
+        places = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1)
+        poses = F.grid_sample(
+            light.expand(len(some), -1, -1, -1), places, mode="bilinear", padding_mode="border", align_corners=True
+        )
+        result += poses.sum(dim=0) / len(motion.ends)
+    return result
+
+
+def _codes(light: torch.Tensor, photometry: Sequence[camera.Photometry]) -> torch.Tensor:
+    """uint8 codes of noisy light [B, S, S, 3], a phone's processing where one was drawn."""
+    codes = _encode(light, photometry)
+    chosen = [i for i, p in enumerate(photometry) if p.denoise is not None]
+    if chosen:
+        phones = [photometry[i] for i in chosen]
+        values = _encode(develop_batch(light[chosen], phones), phones, "to_value")
+        codes[chosen] = (sharpen_batch(values, phones) + 0.5).clamp(0, 255).to(torch.uint8)
+    return codes
+
+
+def _encode(light: torch.Tensor, photometry: Sequence[camera.Photometry], table: str = "to_code") -> torch.Tensor:
+    """uint8 codes (or float32 `to_value`s) of light [B, S, S, 3], each sample by its own response curve."""
+    tables = np.stack([getattr(p.response, table) for p in photometry])
     entries = tables.shape[1] - 1
     index = (light.clamp(0, 1).sqrt() * entries + 0.5).int()
     offset = torch.arange(len(photometry), device=light.device, dtype=torch.int32) * tables.shape[1]

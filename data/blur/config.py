@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from data.blur.presets import PRESETS
-from data.blur.severity import TIER_EDGES, tier_bounds
+from data.blur.severity import LARGEST_EXTENT, TIER_EDGES, tier_bounds
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
@@ -81,6 +81,8 @@ class TiersConfig(_Section):
         for tier in TIER_EDGES:
             low, high = tier_bounds(tier)
             first, last = getattr(self, tier).extent
+            if last > LARGEST_EXTENT:
+                raise ValueError(f"{tier}.extent {last:g} px: {LARGEST_EXTENT:g} px at most")
             if first < low or last > high or first <= 0:
                 raise ValueError(
                     f"{tier}.extent [{first:g}, {last:g}] px leaves the tier's bounds of {low:g}–{high:g} px"
@@ -102,10 +104,101 @@ class GeneratorsConfig(_Shares):
     """Motion along an arc of a circle."""
     accelerated: Share = 0.0
     """Straight motion of changing speed."""
+    tremor: Share = 0.0
+    """A drift with the tremor of a hand on it."""
+    settling: Share = 0.0
+    """A knock that dies down."""
     rotation: Share = 0.0
     """Camera rotation by homographies: the blur varies over the crop."""
+    rolling_shutter: Share = 0.0
+    """A gyroscope-like path, of which every row sees a piece of its own."""
     layers: Share = 0.0
     """One to three objects that move before a background."""
+    parallax: Share = 0.0
+    """A near plane that moves more than the far one behind it."""
+    defocus: Share = 0.0
+    """A disc instead of a path."""
+
+
+class MotionConfig(_Section):
+    """How cameras move: ranges of what the generators draw."""
+
+    anxiety: Range = (10**-2.5, 0.1)
+    """Of boracchi_foi, log-uniform: how much the heading shakes."""
+    correlation: Range = (0.15, 0.8)
+    """Correlation length of gaussian_process (and of rotation), in exposures: short ones are curly."""
+    arc: Range = (30.0, 180.0)
+    """Degrees by which an arc turns."""
+    tremor_hz: Range = (8.0, 12.0)
+    """Frequency of a hand's tremor."""
+    tremor: Range = (0.02, 0.2)
+    """Its amplitude relative to the drift, in an exposure of one cycle."""
+    exposure: Range = (1 / 250, 1 / 2)
+    """Exposure of tremor (from 1/30) and rolling_shutter, s, log-uniform."""
+    readout: Range = (0.01, 0.03)
+    """Of rolling_shutter: time between the first row and the last, s."""
+    straight_layers: bool = False
+    """Objects and backgrounds of layers move on straight and gently bent paths, as walking people and cars do."""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if not isinstance(value, bool) and value[0] <= 0:
+                raise ValueError(f"{name} {list(value)}: must be above 0")
+        return self
+
+
+class DefocusConfig(_Section):
+    """A lens that is not quite in focus while the camera moves."""
+
+    share: Share = 0.0
+    """Fraction of the pairs of path generators."""
+    radius: Range = (0.7, 3.0)
+    """Radius of the disc, px, uniform."""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if not 0 < self.radius[0] <= self.radius[1] <= 32:
+            raise ValueError(f"radius {list(self.radius)}: must lie above 0 and at most at 32")
+        return self
+
+
+class TrailsConfig(_Section):
+    """Lamps and glints: small spots so bright that the sensor clips them, and that draw the path when it moves."""
+
+    share: Share = 0.0
+    """Fraction of samples."""
+    gain: Range = (4.0, 63.0)
+    """Light given back to a clipped spot, times white, log-uniform; less to larger spots."""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if not 0 < self.gain[0] <= self.gain[1] <= 1000:
+            raise ValueError(f"gain {list(self.gain)}: must lie above 0 and at most at 1000")
+        return self
+
+
+class IspConfig(_Section):
+    """What a phone does between the sensor and the JPEG: demosaic, denoise, sharpen."""
+
+    share: Share = 0.0
+    """Fraction of samples."""
+    denoise: Range = (0.0, 2.0)
+    """Deviations of noise that the filter believes in."""
+    sharpen: Range = (0.2, 1.2)
+    """Amount of the sharpening."""
+    radius: Range = (0.7, 1.6)
+    """Deviation of its halo, px."""
+    quality: tuple[Annotated[int, Field(ge=1, le=100)], Annotated[int, Field(ge=1, le=100)]] = (75, 95)
+    """Quality of the phone's JPEG, which such a sample always has."""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        _ordered(self.quality)
+        if min(self.denoise[0], self.sharpen[0]) < 0 or not 0 < self.radius[0] <= self.radius[1] <= 2:
+            raise ValueError("denoise and sharpen must not be negative, radius must lie in 0–2")
+        return self
 
 
 class CurvesConfig(_Shares):
@@ -177,6 +270,10 @@ class PhotometryConfig(_Section):
     """Sensor noise."""
     jpeg: JpegConfig = JpegConfig()
     """Compression."""
+    trails: TrailsConfig = TrailsConfig()
+    """Lamps and glints."""
+    isp: IspConfig = IspConfig()
+    """A phone's processing."""
 
     @model_validator(mode="after")
     def _sensible(self):
@@ -198,7 +295,7 @@ class PhotometryConfig(_Section):
 class BlurConfig(_Section):
     """How blurry pictures are made from sharp ones. A preset gives every value; keys written out override it."""
 
-    preset: Literal["severe", "realistic-rsblur", "gopro-like", "mild"] = "severe"
+    preset: Literal["camera", "severe", "realistic-rsblur", "gopro-like", "mild"] = "camera"
     """The set of defaults to start from."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where pairs are made: "cpu" in the loading workers, "cuda" in batches on the training GPU."""
@@ -208,6 +305,10 @@ class BlurConfig(_Section):
         gaussian_process=0.52, boracchi_foi=0.10, linear=0.06, arc=0.06, accelerated=0.06, rotation=0.10, layers=0.10
     )
     """Blur generators."""
+    motion: MotionConfig = MotionConfig()
+    """How cameras move."""
+    defocus: DefocusConfig = DefocusConfig()
+    """Defocus on top of a motion."""
     photometry: PhotometryConfig = PhotometryConfig()
     """Camera."""
     max_attempts: int = Field(4, ge=1, le=64)
@@ -218,7 +319,7 @@ class BlurConfig(_Section):
     def _start_from_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        name = given.get("preset", "severe")
+        name = given.get("preset", cls.model_fields["preset"].default)
         # An unknown name is left for the field's own check to refuse.
         return _merged(PRESETS[name], given) if isinstance(name, str) and name in PRESETS else given
 

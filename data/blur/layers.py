@@ -66,7 +66,9 @@ def background_of(window: np.ndarray, masks: np.ndarray, elsewhere: tuple[int, i
     light = window.astype(np.float32)
     tone = _spread(cv2.resize(cv2.multiply(light, cv2.merge([seen] * 3)), quarter, interpolation=cv2.INTER_AREA), few)
     # Only fine grey texture is borrowed: whole edges from elsewhere would appear as objects that nobody moved.
-    moved = np.roll(cv2.cvtColor(window, cv2.COLOR_RGB2GRAY).astype(np.float32), elsewhere, axis=(0, 1))
+    grey = cv2.cvtColor(window, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    # Mirrored at the window's edge, not carried on from the other one, which would leave a seam.
+    moved = grey[_mirrored(height, elsewhere[0])][:, _mirrored(width, elsewhere[1])]
     coarse = cv2.resize(_smooth(moved, quarter), (width, height), interpolation=cv2.INTER_LINEAR)
     texture = np.clip(moved - coarse, -_TEXTURE, _TEXTURE)
     paint = cv2.resize(tone, (width, height), interpolation=cv2.INTER_LINEAR) + cv2.merge([texture] * 3)
@@ -92,6 +94,34 @@ def _trimmed(planes: Sequence[np.ndarray], margin: int, kernel: np.ndarray) -> l
     """Planes [S + 2·margin, …] without the part of the margin that this kernel does not reach."""
     spare = margin - len(kernel) // 2
     return [plane[spare : plane.shape[0] - spare, spare : plane.shape[1] - spare] for plane in planes]
+
+
+def _mirrored(length: int, shift: int) -> np.ndarray:
+    """Places 0 … length − 1 moved by `shift` and mirrored at the ends."""
+    period = max(2 * (length - 1), 1)
+    place = (np.arange(length) - shift) % period
+    return np.minimum(place, period - place)
+
+
+def plane_mask(rng: np.random.Generator, side: int, crop: int) -> np.ndarray:
+    """Opacity [side, side] uint8 of a near plane: what lies below a gently waving line through the central crop."""
+    angle, waves, phase = rng.uniform(-0.6, 0.6), rng.uniform(0.5, 2.5), rng.uniform(0, 2 * math.pi)
+    height, level = crop * rng.uniform(0.02, 0.12), side / 2 + crop * rng.uniform(-0.2, 0.2)
+    at = np.arange(side, dtype=np.float32)
+    line = level + np.tan(angle) * (at - side / 2) + height * np.sin(2 * math.pi * waves * at / side + phase)
+    mask = np.clip(at[:, None] - line[None, :] + 0.5, 0, 1)
+    return cv2.GaussianBlur((255 * mask).astype(np.uint8), (5, 5), 0.8)
+
+
+def share_moved(layers: Layers, extents: Sequence[float], least: float) -> float:
+    """Share of the crop whose foremost layer moves by `least` px or more; extents as the kernels: the background's
+    first."""
+    inner = slice(layers.margin, layers.masks.shape[1] - layers.margin)
+    moved = np.full(layers.masks[0, inner, inner].shape, float(extents[0] >= least), np.float32)
+    for mask, extent in zip(layers.masks, extents[1:], strict=True):
+        opacity = mask[inner, inner].astype(np.float32) / 255
+        moved = moved * (1 - opacity) + opacity * float(extent >= least)
+    return float(moved.mean())
 
 
 def _spread(weighted: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -7,11 +7,21 @@ import cv2
 import numpy as np
 
 from data.blur import photometry as camera
-from data.blur.attempt import Attempt, PairPlan, attempts_of, draw_attempt, plan_pair, psnr_miss, sharp_crop
+from data.blur.attempt import (
+    Attempt,
+    PairPlan,
+    attempts_of,
+    draw_attempt,
+    lamps_behind,
+    plan_pair,
+    psnr_miss,
+    sharp_crop,
+)
 from data.blur.config import BlurConfig
 from data.blur.kernel import convolve_planes
 from data.blur.layers import Layers, layers_blur
 from data.blur.photometry import Photometry
+from data.blur.rolling import Rolling, rolling_blur
 from data.blur.rotation import Rotation, rotate_blur
 from data.blur.severity import PSNR_CAP
 from data.image import psnr
@@ -115,12 +125,15 @@ def blurred_light(attempt: Attempt) -> list[np.ndarray]:
     """Linear light that reaches the sensor, clipped once to its white, before noise: planes R, G, B [S, S] float32."""
     motion, photometry = attempt.recipe.motion, attempt.recipe.photometry
     curve = photometry.response
-    planes = camera.scene_light(attempt.window, curve, photometry.highlight_boost)
+    boost, trail = photometry.highlight_boost, photometry.trail
+    planes = camera.scene_light(attempt.window, curve, boost, trail, attempt.lamps)
     if isinstance(motion, Rotation):
         planes = cv2.split(rotate_blur(cv2.merge(planes), motion))
+    elif isinstance(motion, Rolling):
+        planes = cv2.split(rolling_blur(cv2.merge(planes), motion))
     elif isinstance(motion, Layers):
         assert attempt.background is not None
-        background = camera.scene_light(attempt.background, curve, photometry.highlight_boost)
+        background = camera.scene_light(attempt.background, curve, boost, trail, lamps_behind(attempt))
         planes = layers_blur(planes, background, motion)
     else:
         planes = convolve_planes(planes, motion)

@@ -1,4 +1,4 @@
-"""Camera paths other than the Gaussian process: jittery shake, straight, arc and accelerated motion."""
+"""Camera paths other than the Gaussian process: jittery shake, tremor, settling, straight, arc, accelerated motion."""
 
 import cmath
 import math
@@ -51,6 +51,46 @@ def arc_path(angle: float, turn: float, acceleration: float) -> np.ndarray:
     time = np.linspace(0.0, 1.0, SAMPLES + 1)
     heading = turn * (time * (1.0 - acceleration) + acceleration * time * time)
     return rotate(np.stack([np.sin(heading), 1.0 - np.cos(heading)], axis=1), angle)
+
+
+def tremor_path(angle: float, cycles: float, amplitude: float, phases: tuple[float, float]) -> np.ndarray:
+    """A hand's tremor on a drift at `angle` radians: path [N, 2] of about unit length.
+
+    cycles: frequency times exposure (hands tremble at 8 to 12 Hz); amplitude: of the oscillation along and across the
+    drift, relative to its length, which for the part across is halved; phases: of both, radians.
+    """
+    time = np.linspace(0.0, 1.0, SAMPLES + 1)
+    along, across = (np.sin(2 * math.pi * cycles * time + phase) for phase in phases)
+    return rotate(np.stack([amplitude / 2 * across, time + amplitude / 2 * along], axis=1), angle)
+
+
+def settling_path(angle: float, decay: float, cycles: float, bend: float) -> np.ndarray:
+    """A knock that dies down: a damped oscillation about where the camera comes to rest, path [N, 2], any scale.
+
+    decay: time constant in exposures; cycles: of the oscillation in an exposure; bend: of its part across, relative.
+    """
+    time = np.linspace(0.0, 1.0, SAMPLES + 1)
+    envelope = np.exp(-time / decay)
+    along = 1 - envelope * np.cos(2 * math.pi * cycles * time)
+    across = bend * envelope * np.sin(2 * math.pi * cycles * time)
+    return rotate(np.stack([across, along], axis=1), angle)
+
+
+def turning_of(path: np.ndarray, pieces: int = 64) -> float:
+    """Degrees by which the heading of a path [N, 2] changes in all, left and right alike, over equal pieces."""
+    steps = np.hypot(*np.diff(path, axis=0).T)
+    travelled = np.concatenate([[0.0], np.cumsum(steps)])
+    at = np.linspace(0.0, travelled[-1], pieces + 1)
+    even = np.stack([np.interp(at, travelled, path[:, axis]) for axis in (0, 1)], axis=1)
+    moved = np.diff(even, axis=0)
+    heading = np.arctan2(moved[:, 0], moved[:, 1])
+    return float(np.degrees(np.abs((np.diff(heading) + math.pi) % (2 * math.pi) - math.pi).sum()))
+
+
+def straightness_of(path: np.ndarray) -> float:
+    """Distance between a path's ends over its length, 0 to 1."""
+    length = np.hypot(*np.diff(path, axis=0).T).sum()
+    return float(np.hypot(*(path[-1] - path[0])) / max(length, 1e-12))
 
 
 def _on_axis(distance: np.ndarray) -> np.ndarray:

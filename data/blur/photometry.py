@@ -9,10 +9,14 @@ from statistics import NormalDist
 import cv2
 import numpy as np
 
+from data.blur import isp
 from data.blur.config import PhotometryConfig
 
 # The display value (code/255) from which the brightest channel of a pixel counts as a highlight.
 HIGHLIGHT_FROM = 0.92
+
+# px of a clipped spot that has all of a trail's gain.
+SPOT = 40
 
 # Forward curves are tabulated over sqrt(linear light): every curve is gentle there, so that one entry moves the result
 # by less than .03 of a code even in deep shadow.
@@ -31,6 +35,10 @@ class Photometry:
     shot: float = 0.0
     read: float = 0.0
     jpeg_quality: int | None = None
+    trail: float = 0.0
+    denoise: float | None = None
+    sharpen: float = 0.0
+    halo: float = 1.0
 
     @property
     def gains(self) -> tuple[float, float, float]:
@@ -45,10 +53,12 @@ class Photometry:
 
 @dataclass(frozen=True)
 class ResponseCurve:
-    """A camera response and its inverse. to_linear [256] float32: linear light of a code; to_code: see `encode`."""
+    """A camera response and its inverse. to_linear [256] float32: linear light of a code; to_code: see `encode`;
+    to_value: the same before rounding, float32."""
 
     to_linear: np.ndarray
     to_code: np.ndarray
+    to_value: np.ndarray
 
 
 def draw_photometry(rng: np.random.Generator, config: PhotometryConfig) -> Photometry:
@@ -64,6 +74,15 @@ def draw_photometry(rng: np.random.Generator, config: PhotometryConfig) -> Photo
     red, blue = rng.uniform(*config.red_gain), rng.uniform(*config.blue_gain)
     with_jpeg = rng.random() < config.jpeg.probability
     quality = int(rng.integers(config.jpeg.quality[0], config.jpeg.quality[1] + 1))
+    trails, phone_isp = config.trails, config.isp
+    trail = 0.0
+    if trails.share > 0 and rng.random() < trails.share:
+        trail = math.exp(rng.uniform(math.log(trails.gain[0]), math.log(trails.gain[1])))
+    processed: dict = {}
+    if phone_isp.share > 0 and rng.random() < phone_isp.share:
+        processed = {"denoise": rng.uniform(*phone_isp.denoise), "sharpen": rng.uniform(*phone_isp.sharpen)}
+        processed["halo"] = rng.uniform(*phone_isp.radius)
+        with_jpeg, quality = True, int(rng.integers(phone_isp.quality[0], phone_isp.quality[1] + 1))
     return Photometry(
         curve=curve,
         curve_parameter=parameter,
@@ -74,6 +93,8 @@ def draw_photometry(rng: np.random.Generator, config: PhotometryConfig) -> Photo
         shot=config.noise.shot * scale**2,
         read=config.noise.read * scale,
         jpeg_quality=quality if with_jpeg else None,
+        trail=trail,
+        **processed,
     )
 
 
@@ -121,8 +142,8 @@ def response_curve(curve: str, parameter: float = 0.0) -> ResponseCurve:
     """Tables of a response curve; `decode` and `encode` of one curve give back every code exactly."""
     codes = inverse_response(curve, parameter, np.arange(256) / 255.0)
     roots = np.arange(_ENTRIES + 1) / _ENTRIES
-    to_code = np.rint(255.0 * response(curve, parameter, roots * roots)).astype(np.uint8)
-    return ResponseCurve(codes.astype(np.float32), to_code)
+    values = 255.0 * response(curve, parameter, roots * roots)
+    return ResponseCurve(codes.astype(np.float32), np.rint(values).astype(np.uint8), values.astype(np.float32))
 
 
 def decode(codes: np.ndarray, curve: ResponseCurve) -> np.ndarray:
@@ -132,24 +153,51 @@ def decode(codes: np.ndarray, curve: ResponseCurve) -> np.ndarray:
 
 def encode(linear: np.ndarray, curve: ResponseCurve) -> np.ndarray:
     """uint8 codes of float32 linear light, same shape; below 0 and above 1 saturate. The one quantisation there is."""
+    return curve.to_code.take(_entries(linear))
+
+
+def _entries(linear: np.ndarray) -> np.ndarray:
+    """Places in a forward curve's table."""
     root = np.sqrt(np.clip(linear, np.float32(0), np.float32(1)))
-    return curve.to_code.take((root * np.float32(_ENTRIES) + np.float32(0.5)).astype(np.uint16))
+    return (root * np.float32(_ENTRIES) + np.float32(0.5)).astype(np.uint16)
 
 
-def scene_light(codes: np.ndarray, curve: ResponseCurve, boost: float) -> list[np.ndarray]:
+def spots(codes: np.ndarray) -> np.ndarray | None:
+    """How much of a trail's gain a pixel of codes [H, W, 3] uint8 has, [H, W] float32 in [0, 1]; None where none has.
+
+    1 in clipped spots of up to `SPOT` px, less in larger ones (SPOT / area): a lamp is many times brighter than white,
+    a white sky hardly.
+    """
+    brightest = codes.max(axis=2)
+    clipped = (brightest >= 250).astype(np.uint8)
+    if not clipped.any():
+        return None
+    count, labels, facts, _ = cv2.connectedComponentsWithStats(clipped, connectivity=8, ltype=cv2.CV_32S)
+    shares = np.zeros(count, np.float32)
+    shares[1:] = np.minimum(1.0, SPOT / facts[1:, cv2.CC_STAT_AREA])
+    return shares[labels]
+
+
+def scene_light(
+    codes: np.ndarray, curve: ResponseCurve, boost: float, trail: float = 0.0, lamps: np.ndarray | None = None
+) -> list[np.ndarray]:
     """Scene light of a photograph, as planes R, G, B [H, W] float32, from its codes [H, W, 3] uint8.
 
     Pixels near white get back the light that clipping took: L·(1 + boost·m), where m rises smoothly from 0 to 1 as the
-    brightest channel's display value goes from .92 to 1. Planes, because each then stays in a core's cache.
+    brightest channel's display value goes from .92 to 1. lamps [H, W] (`spots`) get `trail` times white on top.
+    Planes, because each then stays in a core's cache.
     """
     channels = cv2.split(codes)
     planes = [cv2.LUT(channel, curve.to_linear).reshape(channel.shape) for channel in channels]
-    if boost <= 0:
+    lit = trail > 0 and lamps is not None
+    if boost <= 0 and not lit:
         return planes
     brightest = cv2.max(cv2.max(channels[0], channels[1]), channels[2])
     if brightest.max() <= int(HIGHLIGHT_FROM * 255):
         return planes
     gain = cv2.LUT(brightest, 1 + np.float32(boost) * highlight_table())
+    if lit:
+        gain = gain + np.float32(trail) * lamps
     return [plane * gain for plane in planes]
 
 
@@ -207,12 +255,19 @@ def jpeg(codes: np.ndarray, quality: int) -> np.ndarray:
 
 
 def finish(planes: Sequence[np.ndarray], photometry: Photometry, noise: np.ndarray) -> np.ndarray:
-    """The blurry photograph [H, W, 3] uint8 of clipped light, planes [H, W] float32: noise, response, 8 bits, JPEG."""
+    """The blurry photograph [H, W, 3] uint8 of clipped light, planes [H, W] float32: noise, response, a phone's
+    processing (where drawn), 8 bits, JPEG."""
     noisy = (
         add_sensor_noise(plane, gain, photometry, some)
         for plane, gain, some in zip(planes, photometry.gains, noise, strict=True)
     )
-    codes = cv2.merge([encode(plane, photometry.response) for plane in noisy])
+    if photometry.denoise is not None:
+        developed = isp.develop(list(noisy), photometry.denoise, photometry.shot, photometry.read)
+        values = cv2.merge([photometry.response.to_value.take(_entries(plane)) for plane in developed])
+        values = isp.sharpen(values, photometry.sharpen, photometry.halo)
+        codes = np.clip(values + np.float32(0.5), 0, 255).astype(np.uint8)
+    else:
+        codes = cv2.merge([encode(plane, photometry.response) for plane in noisy])
     return codes if photometry.jpeg_quality is None else jpeg(codes, photometry.jpeg_quality)
 
 

@@ -3,7 +3,33 @@
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The defaults: mostly 30–160 px of every kind, all of photometry.
+    # The default: severities as in `severe`, moved as cameras and hands move (most paths turn little), with lamps that
+    # draw trails, defocus, rolling shutter, parallax and a phone's processing.
+    "camera": {
+        "generators": {
+            "gaussian_process": 0.10,
+            "boracchi_foi": 0.16,
+            "linear": 0.12,
+            "arc": 0.12,
+            "accelerated": 0.10,
+            "tremor": 0.12,
+            "settling": 0.04,
+            "rotation": 0.07,
+            "rolling_shutter": 0.03,
+            "layers": 0.08,
+            "parallax": 0.04,
+            "defocus": 0.02,
+        },
+        "motion": {
+            "anxiety": [1e-4, 3e-3],
+            "correlation": [0.6, 2.0],
+            "arc": [10.0, 90.0],
+            "straight_layers": True,
+        },
+        "defocus": {"share": 0.15},
+        "photometry": {"trails": {"share": 0.35}, "isp": {"share": 0.25}},
+    },
+    # Very curly paths, mostly of 30–160 px: the default until this preset was called so, for runs begun with it.
     "severe": {},
     # Handheld snapshots and a warm-up for training.
     "mild": {

@@ -12,7 +12,7 @@ from data.blur.trajectory import gaussian_process_path
 # Poses are this many px apart at the crop's fastest point, so less elsewhere: a bilinear sample is two px wide, hence
 # a streak has no gaps.
 _STEP = 1.5
-_POSES = (12, 160)
+_POSES = (12, 640)
 
 # Most px by which the light of any pixel of a crop may come, on average, from beside the pixel.
 _SHIFT = 0.015
@@ -53,12 +53,14 @@ def reach_of(extent: float) -> int:
     return math.ceil(1.5 * extent) + 16
 
 
-def draw_rotation(rng: np.random.Generator, extent: float, frame: Frame) -> tuple[Rotation, dict[str, float]]:
+def draw_rotation(
+    rng: np.random.Generator, extent: float, frame: Frame, *, correlation: tuple[float, float] = (0.15, 0.8)
+) -> tuple[Rotation, dict[str, float]]:
     """A random rotation whose extent, averaged over the crop, is `extent` px; and the parameters it was drawn with.
 
     The photo is taken for a part of a larger virtual frame, so that the principal point may lie outside it, as it does
     for a tile of a photograph. Focal length: f₀·2^U(−1, 2) with f₀ the virtual frame's longer side, longer where an
-    extent asks for it.
+    extent asks for it. correlation: range of the path's correlation length, in exposures.
     """
     enlarge = 2.0 ** rng.uniform(0.0, 1.5)
     rows, columns = enlarge * frame.height, enlarge * frame.width
@@ -69,7 +71,7 @@ def draw_rotation(rng: np.random.Generator, extent: float, frame: Frame) -> tupl
         ]
     )
     focal = float(max(rows, columns) * 2.0 ** rng.uniform(-1.0, 2.0))
-    length, anisotropy, angle = rng.uniform(0.15, 0.8), rng.uniform(0.3, 1.0), rng.uniform(0.0, 2.0 * math.pi)
+    length, anisotropy, angle = rng.uniform(*correlation), rng.uniform(0.3, 1.0), rng.uniform(0.0, 2.0 * math.pi)
     tilt = gaussian_process_path(rng, length, anisotropy, angle)
     roll = gaussian_process_path(rng, length, 1.0, 0.0)[:, :1] * rng.uniform(0.0, 2.0)
     for _ in range(24):

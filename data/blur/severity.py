@@ -7,6 +7,9 @@ import math
 TIER_EDGES: dict[str, float] = {"mild": 0.0, "moderate": 15.0, "severe": 30.0, "extreme": 80.0}
 TIERS: tuple[str, ...] = ("identity", *TIER_EDGES)
 
+# px: beyond it a crop holds nothing of what it shows, and a camera that turns so far no longer sees the same scene.
+LARGEST_EXTENT = 320.0
+
 # Stands for the PSNR of two equal pictures where a number must stay finite (JSON has no infinity).
 PSNR_CAP = 100.0
 

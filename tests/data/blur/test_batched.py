@@ -1,5 +1,7 @@
 """The batched torch path makes the CPU path's pairs, on any device."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -38,10 +40,16 @@ def test_light_of_every_generator_equals_the_cpu_path(photo, device):
         assert np.abs(light - np.stack(blurred_light(attempt), axis=-1)).max() < 1e-3, attempt.recipe.generator
 
 
+def without_jpeg(attempt):
+    camera_facts = replace(attempt.recipe.photometry, jpeg_quality=None)
+    return replace(attempt, recipe=replace(attempt.recipe, photometry=camera_facts))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_pictures_equal_the_cpu_path_noise_included(photo, device):
-    config = BlurConfig(photometry={"jpeg": {"probability": 0}})
-    attempts = [draw_attempt(plan, 0) for plan in plans_of(photo, config)]
+    attempts = [without_jpeg(draw_attempt(plan, 0)) for plan in plans_of(photo)]
+    assert any(attempt.recipe.photometry.denoise is not None for attempt in attempts)
+    assert any(attempt.lamps is not None for attempt in attempts)
     batch = render_batch(attempts, device).cpu().numpy()
     for attempt, codes in zip(attempts, batch, strict=True):
         difference = np.abs(codes.astype(int) - render(attempt))
@@ -52,7 +60,9 @@ def test_pictures_equal_the_cpu_path_noise_included(photo, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_batch_draws_again_and_records_as_the_cpu_path(photo, device):
     config = BlurConfig(
-        photometry={"jpeg": {"probability": 0}}, tiers={"severe": {"psnr": [15.2, 16.0]}}, max_attempts=3
+        photometry={"jpeg": {"probability": 0}, "isp": {"share": 0}},
+        tiers={"severe": {"psnr": [15.2, 16.0]}},
+        max_attempts=3,
     )
     plans = plans_of(photo, config, size=64, tier="severe")
     first = [draw_attempt(plan, 0) for plan in plans]

@@ -16,19 +16,24 @@ def only_error(**given) -> tuple[str, str]:
     return ".".join(map(str, error["loc"])), error["msg"]
 
 
-@pytest.mark.parametrize("preset", ["severe", "realistic-rsblur", "gopro-like", "mild"])
+@pytest.mark.parametrize("preset", ["camera", "severe", "realistic-rsblur", "gopro-like", "mild"])
 def test_presets_are_valid_and_survive_being_written_down(preset):
     config = BlurConfig(preset=preset)
     assert BlurConfig.model_validate(config.model_dump(mode="json")) == config
     assert config.preset == preset
 
 
-def test_the_defaults_are_the_severe_mix():
-    config = BlurConfig()
+def test_the_defaults_are_a_camera_s_and_runs_of_the_old_ones_keep_theirs():
+    config, old = BlurConfig(), BlurConfig(preset="severe")
+    assert old.generators.gaussian_process == 0.52
+    assert old.generators.tremor == old.photometry.trails.share == old.photometry.isp.share == old.defocus.share == 0
+    assert old.motion.correlation == (0.15, 0.8)
+    assert BlurConfig(**old.model_dump()) == old
+    assert config.generators.gaussian_process == 0.10
+    assert config.tiers == old.tiers
     assert config.tiers.severe.share == 0.45
     assert config.tiers.extreme.extent == (80, 160)
     assert config.tiers.identity.share == 0.04
-    assert config.generators.gaussian_process == 0.52
     assert config.photometry.jpeg.quality == (60, 98)
     assert config.device == "cpu"
 

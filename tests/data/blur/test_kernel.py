@@ -6,17 +6,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.blur import BlurConfig
+from data.blur.defocus import disc_kernel, out_of_focus
 from data.blur.generators import draw_path
 from data.blur.kernel import kernel_of_path
+from data.blur.paths import linear_path, settling_path, straightness_of, turning_of
 from data.blur.rng import sample_rng
 from data.blur.trajectory import densify, extent_of, gaussian_process_path, scale_to_extent
 from tests.data.blur.kernels import centroid_of, convolve_valid
 
-PATHS = ["gaussian_process", "boracchi_foi", "linear", "arc", "accelerated"]
+PATHS = ["gaussian_process", "boracchi_foi", "linear", "arc", "accelerated", "tremor", "settling"]
+MOTIONS = [BlurConfig().motion, BlurConfig(preset="severe").motion]
 
 
 def make_path(generator: str, seed: int, extent: float) -> np.ndarray:
-    path, _ = draw_path(sample_rng(seed, 0, generator, 0), generator)
+    path, _ = draw_path(sample_rng(seed, 0, generator, 0), generator, MOTIONS[seed % 2])
     return scale_to_extent(path, extent)
 
 
@@ -99,3 +103,51 @@ def test_gaussian_process_has_the_covariance_it_claims():
 def test_a_path_that_stands_still_is_refused():
     with pytest.raises(ValueError, match="does not move"):
         scale_to_extent(np.zeros((5, 2)), 10)
+
+
+@pytest.mark.parametrize("radius", [1, 2.5, 7, 40])
+def test_a_disc_is_centred_unit_and_as_wide_as_it_says(radius):
+    disc = disc_kernel(radius)
+    assert abs(float(disc.sum()) - 1) < 1e-6
+    assert np.abs(centroid_of(disc)).max() < 1e-6
+    at = np.arange(len(disc)) - len(disc) // 2
+    # Mean square distance of a disc along one axis is r²/4, of the px that samples it 1/12.
+    assert (disc.sum(0) @ at**2) == pytest.approx(radius**2 / 4 + 1 / 12, rel=0.1, abs=0.08)
+
+
+def test_defocus_on_a_motion_keeps_its_centre_and_its_streak():
+    kernel = kernel_of_path(make_path("linear", 3, 40))
+    mixed = out_of_focus(kernel, 2.0)
+    assert len(mixed) == len(kernel) + 4
+    assert np.abs(centroid_of(mixed)).max() < 0.02
+    assert abs(float(mixed.astype(np.float64).sum()) - 1) < 1e-6
+    point = np.zeros((101, 101, 3), np.float32)
+    point[50, 50] = 1
+    both = convolve_valid(convolve_valid(point, kernel), disc_kernel(2.0))
+    assert np.abs(both - convolve_valid(point, mixed)).max() < 1e-6
+
+
+def test_the_default_mix_turns_little_and_the_old_one_much():
+    """Turning of the paths, weighted by the shares of their generators."""
+    medians = {}
+    for name in ("camera", "severe"):
+        config = BlurConfig(preset=name)
+        shares = {g: share for g, share in config.generators.model_dump().items() if g in PATHS and share > 0}
+        turned, weights = [], []
+        for generator, share in shares.items():
+            for seed in range(120):
+                turned.append(turning_of(draw_path(sample_rng(seed, 1, generator, 0), generator, config.motion)[0]))
+                weights.append(share / 120)
+        order = np.argsort(turned)
+        medians[name] = np.array(turned)[order][np.searchsorted(np.cumsum(np.array(weights)[order]), sum(weights) / 2)]
+    assert medians["camera"] < 60
+    assert medians["severe"] > 250
+
+
+def test_turning_and_straightness_of_known_paths():
+    circle = np.stack([np.sin(t := np.linspace(0, 2 * np.pi, 257)), np.cos(t)], axis=1)
+    assert turning_of(circle) == pytest.approx(360, rel=0.03)
+    assert straightness_of(circle) == pytest.approx(0, abs=1e-6)
+    assert turning_of(linear_path(0.3)) == pytest.approx(0, abs=1e-6)
+    assert straightness_of(linear_path(0.3)) == pytest.approx(1)
+    assert turning_of(settling_path(0.0, 0.2, 1.0, 0.0)) == pytest.approx(180, abs=2)  # out, and back

@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.blur import BlurConfig, sample_rng, synthesize_pair
-from data.blur.generators import draw_layers
+from data.blur.config import MotionConfig
+from data.blur.generators import draw_layers, draw_parallax
 from data.blur.kernel import IDENTITY
-from data.blur.layers import Layers, background_of, blob_mask
+from data.blur.layers import Layers, background_of, blob_mask, share_moved
 from data.blur.layers import layers_blur as blur_planes
+from data.blur.rolling import draw_rolling, rolling_blur
 from data.blur.rotation import Frame, _apply, draw_rotation, reach_of, rotate_blur, rotation_of
 from tests.data.blur.kernels import centroid_of
 
@@ -177,7 +179,8 @@ def test_layers_draw_one_to_three_objects_the_foremost_the_fastest():
     frame = Frame(400, 400, 100, 100, 96)
     counts, still = [], 0
     for seed in range(60):
-        layers, details = draw_layers(sample_rng(seed, 0, "layers", 0), 50.0, frame)
+        layers, extents, details = draw_layers(sample_rng(seed, 0, "layers", 0), 50.0, frame, MotionConfig())
+        assert extents[-1] == 50
         counts.append(len(layers.masks))
         still += details["background_extent"] == 0
         assert details["background_extent"] <= 25
@@ -187,3 +190,70 @@ def test_layers_draw_one_to_three_objects_the_foremost_the_fastest():
             assert np.abs(centroid_of(kernel)).max() < 0.02
     assert set(counts) == {1, 2, 3}
     assert 8 <= still <= 30
+
+
+@pytest.mark.parametrize("extent", [160.0, 240.0, 320.0])
+def test_large_rotations_have_their_extent_and_no_gaps(extent):
+    rotation, _ = draw_rotation(sample_rng(1, 0, "large", 0), extent, Frame(768, 768, 200, 200, 256))
+    assert rotation.extent == pytest.approx(extent, rel=1e-3)
+    assert rotation.margin <= reach_of(extent)
+    middle = _apply(rotation.homographies, np.array([[127.5, 127.5], [0, 0], [255, 255]]))
+    assert np.hypot(*np.moveaxis(np.diff(middle, axis=0), -1, 0)).max() <= 2
+    with pytest.raises(ValueError, match="320 px at most"):
+        BlurConfig(tiers={"extreme": {"extent": [80, 400]}})
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("extent", [4.0, 40.0, 150.0])
+def test_rolling_shutter_has_its_extent_and_every_row_comes_from_itself(seed, extent):
+    times = {"exposure": (1 / 250, 1 / 2), "readout": (0.01, 0.03), "tremor_hz": (8, 12)}
+    rolling, facts = draw_rolling(sample_rng(seed, 0, "r", 0), extent, Frame(400, 600, 50, 100, 128), **times)
+    assert 1 / 250 <= facts["exposure"] <= 1 / 2
+    assert rolling.extent == pytest.approx(extent, rel=1e-6)
+    assert rolling.margin <= reach_of(extent)
+    means = rolling.ends.mean(axis=0)
+    assert np.abs(means[:, 0, 0]).max() < 1e-3
+    assert np.abs(means[:, 1, 0] - 127).max() < 1e-3
+    assert np.abs(means[:, :, 1] - np.arange(128)[:, None]).max() < 1e-3
+    assert np.abs(centroid_of(rolling.kernel)).max() < 0.02
+    ramp = np.fromfunction(lambda y, x, c: y + 2 * x, (128 + 2 * rolling.margin,) * 2 + (3,), dtype=np.float32)
+    inner = slice(rolling.margin, -rolling.margin)
+    # A ramp of brightness stays as it was: no row is shifted against the ground truth.
+    assert np.abs(rolling_blur(ramp, rolling) - ramp[inner, inner]).max() < 0.02 * max(1.0, extent / 40)
+
+
+def test_a_short_exposure_bends_what_a_long_one_only_blurs():
+    """Rows of a rolling shutter see pieces of the path: the shorter the exposure beside the readout, the less alike."""
+    unlike = {}
+    for name, exposure in (("short", (1 / 200, 1 / 200)), ("long", (1 / 2, 1 / 2))):
+        rows = []
+        for seed in range(10):
+            times = {"exposure": exposure, "readout": (0.03, 0.03), "tremor_hz": (8, 12)}
+            rolling, _ = draw_rolling(sample_rng(seed, 0, "u", 0), 40.0, Frame(256, 256, 0, 0, 256), **times)
+            extents = np.ptp(rolling.ends, axis=0).max(axis=-1)[:, 0]
+            rows.append(np.ptp(extents) / extents.mean())
+        unlike[name] = np.median(rows)
+    assert unlike["short"] > 2 * unlike["long"]
+
+
+def test_near_and_far_planes_move_together_and_the_share_at_the_tier_is_said():
+    frame = Frame(400, 400, 100, 100, 96)
+    for seed in range(20):
+        layers, (far, near), facts = draw_parallax(sample_rng(seed, 0, "p", 0), 50.0, frame, MotionConfig())
+        assert near == 50
+        assert 10 <= far == facts["far_extent"] <= 35
+        mask = layers.masks[0]
+        assert 0.1 < mask.mean() / 255 < 0.9
+        share = share_moved(layers, [far, near], 30)
+        inner = mask[layers.margin : -layers.margin, layers.margin : -layers.margin].mean() / 255
+        assert share == pytest.approx(inner if far < 30 else 1, abs=1e-3)
+
+
+def test_texture_behind_objects_has_no_seam_from_the_other_side():
+    ramp = np.linspace(20, 230, 96)[None, :, None] + np.zeros((96, 96, 3))  # its two ends are 210 codes apart
+    window = (ramp + 10 * np.sin(np.arange(96) / 3)[None, :, None]).astype(np.uint8)
+    mask = np.full((1, 96, 96), 255, np.uint8)
+    mask[:, :4], mask[:, -4:] = 0, 0
+    behind = background_of(window, mask, (0, 40)).astype(int)
+    steps = np.abs(np.diff(behind[20:76].mean(axis=(0, 2))))
+    assert steps.max() < 12

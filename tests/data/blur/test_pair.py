@@ -23,6 +23,7 @@ from data.blur import (
     synthesize_pair,
 )
 from data.blur import photometry as camera
+from data.blur.config import MotionConfig
 from data.blur.generators import draw_path
 from data.blur.kernel import kernel_of_path
 from data.blur.trajectory import scale_to_extent
@@ -43,6 +44,8 @@ QUIET = {
     "highlight_boost": [0, 0],
     "noise": {"shot": 0, "read": 0},
     "jpeg": {"probability": 0},
+    "trails": {"share": 0},
+    "isp": {"share": 0},
 }
 
 
@@ -80,7 +83,7 @@ CALIBRATION = {10: 24.2, 20: 22.1, 40: 20.5, 80: 19.2, 120: 18.6}
 
 
 def quiet(**over) -> BlurConfig:
-    return BlurConfig(photometry=QUIET, **over)
+    return BlurConfig(photometry=QUIET, defocus={"share": 0}, **over)
 
 
 def test_ground_truth_is_the_crop_itself_and_meta_is_json(photo):
@@ -165,7 +168,13 @@ def test_a_constant_photo_stays_constant_whatever_the_blur_curve_and_highlights(
     tier = "identity" if generator == "identity" else "severe"
     config = BlurConfig(
         generators={"linear" if generator == "identity" else generator: 1},
-        photometry={"noise": {"shot": 0, "read": 0}, "jpeg": {"probability": 0}},
+        photometry={
+            "noise": {"shot": 0, "read": 0},
+            "jpeg": {"probability": 0},
+            "isp": {"share": 0},
+            "trails": {"share": 1},
+        },
+        defocus={"share": 1},
         max_attempts=1,
     )
     pair = synthesize_pair(flat, (30, 20, 48), sample_rng(seed, 0, "flat", 0), config, tier=tier, flip=flip)
@@ -325,7 +334,7 @@ def test_input_psnr_at_an_extent_is_the_calibration_tables(tiles, extent):
     srgb = camera.response_curve("srgb")
     values = []
     for i, tile in enumerate(tiles):
-        path, _ = draw_path(sample_rng(0, extent, "calibration", i), "gaussian_process")
+        path, _ = draw_path(sample_rng(0, extent, "calibration", i), "gaussian_process", MotionConfig())
         kernel = kernel_of_path(scale_to_extent(path, extent))
         radius = len(kernel) // 2
         blurry = camera.encode(convolve_valid(camera.decode(tile, srgb), kernel), srgb)
