@@ -4,6 +4,7 @@ Each step is a smooth function of small filters, so that the same is computed in
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -22,6 +23,7 @@ def gaussian(sigma: float, reach: int) -> np.ndarray:
 SMALL, WIDE, HALO_REACH = gaussian(0.8, 1), gaussian(1.2, 2), 4
 
 
+@lru_cache(maxsize=4)
 def mosaic_masks(size: int) -> np.ndarray:
     """Where an RGGB sensor of size × size px measures red, green and blue, [3, S, S] float32."""
     masks = np.zeros((3, size, size), np.float32)

@@ -168,14 +168,18 @@ def spots(codes: np.ndarray) -> np.ndarray | None:
     1 in clipped spots of up to `SPOT` px, less in larger ones (SPOT / area): a lamp is many times brighter than white,
     a white sky hardly.
     """
-    brightest = codes.max(axis=2)
-    clipped = (brightest >= 250).astype(np.uint8)
-    if not clipped.any():
+    red, green, blue = cv2.split(codes)
+    _, clipped = cv2.threshold(cv2.max(cv2.max(red, green), blue), 249, 1, cv2.THRESH_BINARY)
+    left, top, width, height = cv2.boundingRect(clipped)
+    if width == 0:
         return None
-    count, labels, facts, _ = cv2.connectedComponentsWithStats(clipped, connectivity=8, ltype=cv2.CV_32S)
+    inner = np.s_[top : top + height, left : left + width]
+    count, labels, facts, _ = cv2.connectedComponentsWithStats(clipped[inner], connectivity=8, ltype=cv2.CV_16U)
     shares = np.zeros(count, np.float32)
     shares[1:] = np.minimum(1.0, SPOT / facts[1:, cv2.CC_STAT_AREA])
-    return shares[labels]
+    result = np.zeros(clipped.shape, np.float32)
+    result[inner] = shares.take(labels)
+    return result
 
 
 def scene_light(
