@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from train.cli.cache import app as cache_app
-from train.cli.console import say
+from train.cli.console import say, wide_console
 from train.cli.data import Overwrite
 from train.cli.data import app as data_app
 from train.watch.failure import explained
@@ -132,7 +132,7 @@ def plan(
     from train.plan.report import print_plan
 
     cluster = Cluster(nodes, gpus, tflops, utilisation, hbm, launch, nvlink, network, latency, storage, memory)
-    print_plan(load_config(config, overrides or []), cluster, Console())
+    print_plan(load_config(config, overrides or []), cluster, wide_console())
 
 
 @app.command()

@@ -15,6 +15,11 @@ def say(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def wide_console() -> Console:
+    """A console whose tables are not cut at 80 columns where there is no terminal."""
+    return Console(width=None if Console().is_terminal else 200)
+
+
 @contextmanager
 def progress(title: str, *, transient: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A bar for the block, moved by calls of (done, total); `transient` bars leave nothing behind."""

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 
 # accelerate's launcher turns a user's own defaults into these variables; here the YAML file alone decides.
 FOREIGN = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
@@ -62,6 +63,22 @@ def place(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def _asked_of_accelerate(parent: int) -> int:
+    """How many processes the command line of a parent that is accelerate's launcher asks for; 1 where it does not."""
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return 1
+    if "launch" not in words or not any("accelerate" in word for word in words):
+        return 1
+    for number, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes"):
+            given = value or (words[number + 1] if number + 1 < len(words) else "")
+            return int(given) if given.isdigit() else 1
+    return 1
+
+
 def settle(environ: MutableMapping[str, str], gpus: int) -> list[str]:
     """Write the process's place into its environment, free it of foreign settings; returns what is not used and why.
 
@@ -76,6 +93,11 @@ def settle(environ: MutableMapping[str, str], gpus: int) -> list[str]:
             unused.append(f"accelerate's setting {setting} {value} is not used: {reason}")
     for name in [name for name in environ if name.startswith(FOREIGN)]:
         del environ[name]
+    if "RANK" not in environ and (asked := _asked_of_accelerate(os.getppid())) > 1:
+        unused.append(
+            f"accelerate's --num_processes {asked} is not used: without --multi_gpu its launcher starts one process; "
+            "give --multi_gpu, on CPUs too, or start with torchrun --nproc_per_node"
+        )
     found = place(environ)
     if found["MASTER_PORT"] == "0":
         found["MASTER_PORT"] = _free_port()

@@ -123,7 +123,8 @@ def tier_lines(evaluation: Evaluation) -> list[str]:
     lines = []
     for row in evaluation.tiers():
         line = f"{row.tier:9s} {row.pairs:4d} pairs  {row.input['psnr']:6.2f} → {row.restored['psnr']:6.2f} dB  "
-        line += f"gain {row.gain:+.3f} ({row.low:+.3f} … {row.high:+.3f})"
+        interval = f"{row.low:+.3f} … {row.high:+.3f}" if np.isfinite(row.low) else "one sample: no interval"
+        line += f"gain {row.gain:+.3f} ({interval})"
         for name, metric in others.items():
             line += f"  {metric.label} {row.input[name]:.{metric.digits}f} → {row.restored[name]:.{metric.digits}f}"
         lines.append(line)

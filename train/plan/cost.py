@@ -7,6 +7,7 @@ the hardware's speeds, stands in `Cluster` and is printed with the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -137,16 +138,18 @@ def collectives(config: Config, gradients: Gradients, zero: int) -> list[Collect
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step: what is computed, what is moved (one after the other: overlap_comm is off), and
-    what the loader must deliver meanwhile."""
+    """Seconds of an optimizer step: what is computed; what is moved (one after the other: overlap_comm is off); the
+    update (clipping, AdamW, average); and the wait for the slowest rank."""
 
     compute: float
     communication: float
+    update: float = 0.0
+    wait: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds a step."""
-        return self.compute + self.communication
+        return self.compute + self.communication + self.update + self.wait
 
     @property
     def efficiency(self) -> float:
@@ -179,14 +182,23 @@ def step_work(
     )
 
 
-def step_time(cluster: Cluster, work: Work, moved: Iterable[Collective]) -> StepTime:
+# A parameter: its gradient for the norm, clipped, and used; weight, both moments and average, read and written.
+UPDATE_BYTES = 12 + 4 + 32
+SPREAD = 0.03  # deviation of the ranks' step times relative to their mean
+
+
+def step_time(cluster: Cluster, work: Work, moved: Iterable[Collective], updated: float = 0.0) -> StepTime:
     """Expected seconds of a step: the GPU's arithmetic and memory traffic one after the other, or the host's launches
-    where those take longer (small batches, no torch.compile); then the collectives."""
+    where those take longer (small batches, no torch.compile); then the collectives; then the update of `updated`
+    parameters a rank. The slowest of N ranks takes SPREAD·√(2 ln N) longer than their mean (the maximum of normal
+    numbers), and a collective's latency grows with the depth of its tree, log₂ of the nodes."""
     gpu = work.flops / (cluster.tflops * 1e12 * cluster.utilisation) + work.bytes / (cluster.hbm * 1e9)
-    seconds = sum(
-        each.wire(cluster.world) / (cluster.bus * 1e9) + each.calls * cluster.latency * 1e-6 for each in moved
-    )
-    return StepTime(max(gpu, work.launches * cluster.launch * 1e-6), seconds if cluster.world > 1 else 0.0)
+    latency = cluster.latency * 1e-6 * (1 + math.log2(cluster.nodes))
+    seconds = sum(each.wire(cluster.world) / (cluster.bus * 1e9) + each.calls * latency for each in moved)
+    compute = max(gpu, work.launches * cluster.launch * 1e-6)
+    wait = SPREAD * math.sqrt(2 * math.log(cluster.world)) * compute
+    update = updated * UPDATE_BYTES / (cluster.hbm * 1e9)
+    return StepTime(compute, seconds if cluster.world > 1 else 0.0, update, wait)
 
 
 def operators_of(network: nn.Module, crop: int) -> int:

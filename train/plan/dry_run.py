@@ -29,7 +29,7 @@ BATCHES_SHOWN = 3
 def dry_run(config: Config, ranks: int | None) -> None:
     """Print parameters, MACs, memory per rank, steps and the plan's first batches. ValueError on what would stop a run
     of `ranks` (default: the launcher's number) ranks, but for a run folder that exists, which is only said."""
-    console = Console()
+    console = Console(width=None if Console().is_terminal else 200)
     world = world_size() if ranks is None else ranks
     if world < 1:
         raise ValueError(f"--ranks {world}: at least 1")

@@ -15,6 +15,7 @@ from train.config.schema import Config
 from train.config.sources import open_sets
 from train.objective.task import check_loss
 from train.plan.cost import (
+    SPREAD,
     Cluster,
     Stage,
     best_stage,
@@ -29,6 +30,7 @@ from train.plan.cost import (
 )
 from train.plan.memory import memory_per_rank
 
+MANY_TURNS = 10_000  # visits of a photograph beyond which it is hardly what was meant
 ON_DEVICE = "sum on the device"
 USABLE = 0.9  # of a GPU's memory: the rest is the allocator's slack, kernels' scratch space and NCCL's buffers
 
@@ -54,8 +56,9 @@ def stages_of(config: Config, cluster: Cluster) -> list[Stage]:
         moved = collectives(staged, gradients, zero)
         fits = memory <= USABLE * cluster.memory * 2**30
         taught, launched = (sum(each[n] for each in of_teachers) for n in (0, 1))
+        updated = gradients.count / (cluster.world if zero else 1)  # the optimizer's part of a rank
         work = step_work(staged, micro, macs, taught, sizes["activations"], operators, launched)
-        stages.append(Stage(zero, memory, fits, moved, step_time(cluster, work, moved)))
+        stages.append(Stage(zero, memory, fits, moved, step_time(cluster, work, moved, updated)))
     return stages
 
 
@@ -114,6 +117,8 @@ def _print_stages(console: Console, cluster: Cluster, stages: list[Stage], confi
             "sent a rank and step, MB": f"{sum(each.wire(cluster.world) for each in stage.moved) / 1e6:.1f}",
             "compute, ms": f"{stage.step.compute * 1e3:.1f}",
             "communication, ms": f"{stage.step.communication * 1e3:.1f}",
+            "update, ms": f"{stage.step.update * 1e3:.1f}",
+            "waiting, ms": f"{stage.step.wait * 1e3:.1f}",
             "step, ms": f"{stage.step.total * 1e3:.1f}",
             "computing": f"{stage.step.efficiency:.0%}",
         }
@@ -141,6 +146,13 @@ def _print_advice(console: Console, cluster: Cluster, stages: list[Stage], confi
 
 def _print_loader(console: Console, config: Config, cluster: Cluster, stage: Stage, sets: list[ShardSet]) -> None:
     samples = sum(map(len, sets))
+    turns = config.train.steps * config.train.batch / samples
+    if turns > MANY_TURNS:
+        console.print(
+            f"{config.train.steps:,} steps of {config.train.batch} pairs see each of the {samples} photographs "
+            f"{turns:,.0f} times: is this the data that the run is meant for? (data.train, SHARPPRIOR_DATA)",
+            style="yellow",
+        )
     size = sum(shard.bytes for shards in sets for shard in shards.shards) / samples
     need = loader_need(config, cluster, stage.step, size)
     console.print(
@@ -194,5 +206,6 @@ def _print_assumptions(console: Console, cluster: Cluster) -> None:
         f"Assumed: {cluster.tflops:g} TFLOPS a GPU, used to {cluster.utilisation:.0%}; {cluster.hbm:g} GB/s of GPU "
         f"memory; {cluster.launch:g} us a launch; {cluster.nvlink:g} GB/s a GPU in a node and {cluster.network:g} GB/s "
         f"a node between nodes, {cluster.latency:g} us a collective, nothing overlapped: a ring at {cluster.bus:g} "
-        "GB/s. None of it was measured here: time a step on one GPU and set --utilisation and --launch to fit."
+        f"GB/s. Ranks' steps spread by {SPREAD:.0%}, so that the slowest is waited for. None of it was measured here: "
+        "time a step on one GPU and set --utilisation and --launch to fit."
     )

@@ -1,6 +1,7 @@
 """The plan of a run on a cluster: its bytes are those that small runs move and write."""
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -161,3 +162,20 @@ def test_two_ranks_move_the_planned_bytes(runs, tmp_path, zero, precision, accum
         assert payload <= last[operation] <= 1.01 * payload + 4096, operation
     for operation in last.keys() - planned.keys():
         assert last[operation] <= 16384, operation
+
+
+def test_what_a_large_cluster_waits_for_is_in_the_step():
+    work, moved = Work(1e15, 0, 0), [Collective("all_reduce", "gradients", 0)]
+    one, many = step_time(Cluster(1, 1), work, []), step_time(Cluster(64, 8), work, moved, updated=1e6)
+    assert one.total == one.compute
+    assert many.wait == pytest.approx(0.03 * many.compute * (2 * math.log(512)) ** 0.5)
+    assert many.communication == pytest.approx(30e-6 * 7)  # a tree over 64 nodes is 6 deeper than one node's
+    assert many.update > 0
+    assert many.efficiency < 0.92
+
+
+def test_a_plan_that_sees_few_photographs_for_ever_says_so(sharpprior):
+    status, out, _ = sharpprior("plan", "--config", "configs/large.yaml", "--set", "train.batch=8", "--gpus", "1")
+    assert status == 0
+    assert "times: is this the data that the run is meant for?" in " ".join(out.split())
+    assert "communication, ms" in out  # heads are whole where there is no terminal
