@@ -12,7 +12,7 @@ from data.blur.trajectory import gaussian_process_path
 # Poses are this many px apart at the crop's fastest point, so less elsewhere: a bilinear sample is two px wide, hence
 # a streak has no gaps.
 _STEP = 1.5
-_POSES = (12, 640)
+_POSES, _LARGE_POSES = (12, 160), (12, 640)  # up to an extent of 160 px, and above it
 
 # Most px by which the light of any pixel of a crop may come, on average, from beside the pixel.
 _SHIFT = 0.015
@@ -104,7 +104,8 @@ def rotation_of(
     scale *= extent / max(_extents(_poses(angles * scale, focal, principal), grid).mean(), 1e-12)
     count = None
     for _ in range(12):
-        homographies, weights, count = _even_poses(angles * scale, focal, principal, grid, count)
+        poses = _POSES if extent <= 160 else _LARGE_POSES
+        homographies, weights, count = _even_poses(angles * scale, focal, principal, grid, count, poses)
         homographies = _recentred(homographies, weights, grid)
         extents = _extents(homographies, grid)
         if abs(extents.mean() / extent - 1) < tolerance:
@@ -161,13 +162,18 @@ def _extents(homographies: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 
 def _even_poses(
-    angles: np.ndarray, focal: float, principal: np.ndarray, grid: np.ndarray, count: int | None
+    angles: np.ndarray,
+    focal: float,
+    principal: np.ndarray,
+    grid: np.ndarray,
+    count: int | None,
+    poses: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Poses evenly spaced along the fastest point's path, weighted by the time spent around each."""
     steps = np.linalg.norm(np.diff(_apply(_poses(angles, focal, principal), grid), axis=0), axis=2).max(axis=1)
     travelled = np.concatenate([[0.0], np.cumsum(np.maximum(steps, 1e-12))])
     if count is None:
-        count = int(np.clip(math.ceil(travelled[-1] / _STEP), *_POSES))
+        count = int(np.clip(math.ceil(travelled[-1] / _STEP), *poses))
     time = np.linspace(0.0, 1.0, len(travelled))
     edges = np.interp(np.linspace(0, travelled[-1], count + 1), travelled, time)
     middles = np.interp((np.arange(count) + 0.5) * travelled[-1] / count, travelled, time)

@@ -23,7 +23,14 @@ from tests.data.blur.kernels import centroid_of
 CROP, CROPS = 256, 2
 GENERATORS = list(BlurConfig().generators.model_dump())
 UNIFORM = {"gaussian_process": 0.64, "boracchi_foi": 0.12, "linear": 0.08, "arc": 0.08, "accelerated": 0.08}
-MIXES = {"default mix": {}, "uniform mix": {"generators": UNIFORM}, **{g: {"generators": {g: 1}} for g in GENERATORS}}
+OLD = {"preset": "severe"}  # the default before `camera`
+MIXES = {
+    "default mix": {},
+    "old mix": OLD,
+    "old uniform mix": {**OLD, "generators": UNIFORM},
+    "uniform mix": {"generators": UNIFORM},
+    **{g: {"generators": {g: 1}} for g in GENERATORS},
+}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 pytestmark = pytest.mark.benchmark(timer=time.process_time, disable_gc=True)
