@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -74,7 +75,7 @@ class PairLoader:
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.wait_s, self.pairs = 0.0, 0
         self.bad: dict[str, set[str]] = {}
-        self._bad_samples: set[tuple[int, int]] = set()
+        self.bad_samples: set[tuple[int, int]] = set()
         sources = Sources(self.sets, stream.max_bad_fraction)
         crops = [
             CropPlan(stream.crop, seed, stream.boxes_per_photo, margin_of(shards, blur, stream.margin))
@@ -160,21 +161,14 @@ class PairLoader:
         return iterator, stop
 
     def _count_bad(self, source: int, sample: int, message: str) -> None:
-        if (source, sample) in self._bad_samples:
+        if (source, sample) in self.bad_samples:
             return
-        self._bad_samples.add((source, sample))
+        self.bad_samples.add((source, sample))
         shards = self.sets[source]
         name = f"{shards.location}/{shards.shards[shards.locate(sample)[0]].name}"
         self.bad.setdefault(name, set()).add(shards.key(sample))
         log.warning("bad sample replaced: %s", message)
-        # Of the whole set: a rank that has met one bad sample early knows nothing of its share.
-        found, allowed = sum(where == source for where, _ in self._bad_samples), self.stream.max_bad_fraction
-        if found > allowed * len(shards):
-            counts = ", ".join(f"{shard}: {len(keys)}" for shard, keys in self.bad.items())
-            raise DataError(
-                f"{found} bad samples exceed max_bad_fraction {allowed} of {shards.location} ({counts}); "
-                f"the last: {message}"
-            )
+        check_bad(self.bad_samples, self.sets, self.stream.max_bad_fraction, f"the last: {message}")
 
 
 _PREFIX = "sharpprior-loader-"
@@ -197,6 +191,21 @@ def make_folder() -> tuple[str, int]:
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.flock(held, fcntl.LOCK_EX)
     return folder, held
+
+
+def check_bad(
+    bad: Collection[tuple[int, int]], sets: Sequence[ShardSet], allowed: float, last: str = "found by all ranks"
+) -> None:
+    """DataError where the (source, sample) found bad are more than the allowed part of a set. Of the whole set: who has
+    met one early knows nothing of its share."""
+    for source, shards in enumerate(sets):
+        found = [sample for where, sample in bad if where == source]
+        if len(found) > allowed * len(shards):
+            where = Counter(shards.shards[shards.locate(sample)[0]].name for sample in found)
+            counts = ", ".join(f"{shards.location}/{name}: {count}" for name, count in sorted(where.items()))
+            raise DataError(
+                f"{len(found)} bad samples exceed max_bad_fraction {allowed} of {shards.location} ({counts}); {last}"
+            )
 
 
 def _init_loader_worker(folder: Path, _: int) -> None:

@@ -14,7 +14,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -80,6 +80,7 @@ class Engine:
             torch.set_num_threads(config.engine.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
         refuse_precision(config.engine, self.device)
         self.engine: Any = None
+        self.timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext  # of parts of a step
         self._norm: float | None = None
         self._gradients_bad = False
 
@@ -119,11 +120,13 @@ class Engine:
     def backward_and_step(self, loss: Tensor) -> None:
         """Backward of one micro-batch's mean loss; DeepSpeed steps at the accumulation boundary. ValueError where
         gradients overflow in fp16 even with a loss scale of 1."""
-        self.engine.backward(loss)
+        with self.timed("backward"):
+            self.engine.backward(loss)
         if self.config.engine.zero == 0 and self.engine.is_gradient_accumulation_boundary():
             self._guard_gradients()
         try:
-            self.engine.step()
+            with self.timed("update"):
+                self.engine.step()
         except Exception as error:  # DeepSpeed raises no type of its own
             if "loss scale already at minimum" not in str(error):
                 raise

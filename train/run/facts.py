@@ -27,7 +27,7 @@ def run_facts(
         + (f"; the first {config.train.distill_steps} distill" if config.train.distill_steps else ""),
         "seconds in steps": f"{_seconds(records):.0f}",
         "share of a step": "; ".join(f"{name} {share:.0%}" for name, share in mean_shares(records).items())
-        + " (parts: forward passes; rest: backward and update)",
+        + " (parts of the model: forward passes)",
         "machine": f"{engine.world} ranks on {engine.device.type}, ZeRO {config.engine.zero}, "
         f"{config.engine.precision}",
         "blur": f"preset {config.blur.preset}; validation crops of {config.eval.crop} px",

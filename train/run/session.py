@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from data.blur import TIERS
+from data.stream.loader import PairLoader, check_bad
 from data.stream.validation import validation_count, validation_pairs
 from model.deblurrer import Deblurrer
 from model.pretrained import CONFIG, load_pretrained
@@ -71,6 +72,7 @@ class Session:
         self.engine, self.stopping, self._extend = engine, stop, extend
         self.copier: Copier | None = None
         self.records: Records | None = None
+        self._stream: PairLoader | None = None
         with contextlib.ExitStack() as opened:  # what is open is closed, the last first, also where opening fails
             opened.push(self._close_copier)  # last of all: the other ranks are let go by then
             self._open_folder(config, resumed=resume is not None)
@@ -233,6 +235,7 @@ class Session:
                 self.copier.submit(self.checkpoints.path(self._saved))
         if self.engine.main:
             shares = StepShares(self.engine.module, self.task.teacher)
+            self.engine.timed = shares.timed
             self.records = opened.enter_context(Records(self.folder, self.config, self.console, self.step, shares))
 
     # -- the loop's calls ---------------------------------------------------------------------------------------------
@@ -255,6 +258,7 @@ class Session:
         )
         if self.records is not None:
             self.records.begin_bar()
+        self._stream = stream
         return iter(stream)
 
     def record(self, step: int, result: StepResult) -> None:
@@ -329,6 +333,9 @@ class Session:
     def save(self, step: int) -> Path:
         """Write a checkpoint of the step just done."""
         beat("save")
+        if (allowed := self.config.data.max_bad_fraction) and self._stream is not None:  # each rank has met its own
+            found = set().union(*self.engine.gather(self._stream.bad_samples))
+            check_bad(found, self.train_sets, allowed)
         self._share_batch_norm()
         state = RunState(
             step=step,

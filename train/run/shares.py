@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,12 +17,13 @@ class StepShares:
     """Measures the forward passes of a deblurrer's parts and of its teacher, in training steps only.
 
     Seconds come from the clock on a CPU, and from events in the stream on a GPU, which never make it wait: they are
-    read in `take`, after the step's loss has been read. The backward pass and the update are not told apart by part;
-    they are `rest`.
+    read in `take`, after the step's loss has been read. The backward pass (with its reductions) and the update are
+    timed as wholes, where the engine calls `timed` around them; `rest` is everything else.
     """
 
     def __init__(self, module: Deblurrer, teacher: nn.Module | None = None) -> None:
-        self._root, self._open, self._closed = module, {}, {}
+        self._root, self._open = module, {}
+        self._closed: dict[str, list] = {"backward": [], "update": []}
         self._gpu = next(module.parameters()).device.type == "cuda"
         parts: dict[str, list[nn.Module]] = {"backbone": [module.backbone], "spe": list(module.spe.values())}
         if module.prior is not None:
@@ -36,7 +39,7 @@ class StepShares:
     def take(self, seconds: float, waited: float) -> dict[str, float]:
         """Shares (sum 1) of a step of `seconds`, of which it `waited` for data, by part; what was measured is reset.
 
-        student, fusion, spe, backbone and teacher are forward passes, rest is the backward pass and the update.
+        student, fusion, spe, backbone and teacher are forward passes.
         """
         spent = {name: sum(map(self._seconds, pairs)) for name, pairs in self._closed.items()}
         for pairs in self._closed.values():
@@ -50,6 +53,13 @@ class StepShares:
         spent["rest"] = max(0.0, seconds - sum(spent.values()))
         whole = sum(spent.values())
         return {name: value / whole for name, value in spent.items()}
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the block as `backward` or `update`."""
+        started = self._now()
+        yield
+        self._closed[name].append((started, self._now()))
 
     def _now(self) -> Any:
         if not self._gpu:

@@ -23,6 +23,7 @@ from data.shards.write import ShardWriter
 from data.stream.batch import Batch
 from data.stream.config import StreamConfig
 from data.stream.crops import margin_of
+from data.stream.loader import check_bad
 from data.stream.validation import validation_count, validation_pairs
 from data.workers import init_worker
 from tests.data.pictures import picture
@@ -277,6 +278,15 @@ def test_bad_samples_above_the_limit_stop_the_run_with_counts(make_set):
         list(loader(root, batches=5, max_bad_fraction=0.2))
 
 
+def test_bad_samples_that_ranks_found_apart_are_counted_together(make_set):
+    shards = ShardSet(make_set([3, 2]))
+    ranks = [{(0, 1)}, {(0, 4), (0, 1)}]
+    for found in ranks:
+        check_bad(found, [shards], 0.4)
+    with pytest.raises(DataError, match=r"3 bad samples exceed .*s_00000.tar: 2, .*s_00001.tar: 1\); found by all"):
+        check_bad(ranks[0] | ranks[1] | {(0, 0)}, [shards], 0.4)
+
+
 def test_torn_and_missing_shards_stop_the_run_or_count_as_bad(make_set):
     root = make_set([8, 1, 1])
     os.truncate(root / "s_00001.tar", 600)
@@ -378,6 +388,7 @@ from data.blur import BlurConfig
 from data.shards.set import ShardSet
 from data.stream.config import StreamConfig
 from data.stream.crops import margin_of
+from data.stream.loader import check_bad
 from data.stream.loader import PairLoader
 assert __name__ == "__main__", "a worker imported the main script"
 caught = []
@@ -429,6 +440,7 @@ from data.blur import BlurConfig
 from data.shards.set import ShardSet
 from data.stream.config import StreamConfig
 from data.stream.crops import margin_of
+from data.stream.loader import check_bad
 from data.stream.loader import PairLoader
 stream = StreamConfig(crop=32, margin=8, workers=2)
 for number, batch in enumerate(PairLoader([ShardSet(sys.argv[1])], BlurConfig(), stream, global_batch=4)):
