@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from math import inf
 from pathlib import Path
@@ -35,7 +35,7 @@ from train.checkpoint.manifest import (
     seal,
 )
 from train.checkpoint.model import write_model
-from train.checkpoint.state import read_state_into, write_state
+from train.checkpoint.state import read_state_into, state_layout, write_state
 from train.config.schema import Config
 from train.engine.average import Ema
 from train.engine.engine import Engine
@@ -60,11 +60,14 @@ class Checkpoints:
         """Folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
 
-    def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose every byte is there, and a line about each newer one that is damaged."""
+    def newest_whole(
+        self, check: Callable[[Path], str | None] = damage, steps: Sequence[int] | None = None
+    ) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint (of `steps`, None: of all) whose every byte is there, and a line about each newer one
+        that is damaged."""
         damaged = []
-        for step in reversed(self.steps()):
-            problem = damage(self.path(step))
+        for step in reversed(self.steps() if steps is None else steps):
+            problem = check(self.path(step))
             if problem is None:
                 return self.path(step), damaged
             damaged.append(problem)
@@ -144,7 +147,10 @@ class Checkpoints:
         that depends on (seed, step, rank).
         """
         with engine.agreed():
-            read_state_into(path, engine, ema)
+            layout = state_layout(path) if engine.main else None
+        layout = engine.gather(layout)[0]  # else every rank opened every rank's file to find its own
+        with engine.agreed():
+            read_state_into(path, engine, ema, layout)
             state = read_state(path)
             if state.world == engine.world:
                 _restore_random_state(read_tensors(path / f"rng-rank{engine.rank}.pt"))

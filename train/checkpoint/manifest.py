@@ -68,13 +68,14 @@ def manifest_of(path: Path) -> dict[str, dict]:
     return json.loads((path / MANIFEST).read_text())
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: every file is there with its size and hash."""
+def damage(path: Path, *, rank: int = 0, world: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files, or None: every file is there with its size and hash. Of `world` ranks
+    each looks at its part of them."""
     try:
         manifest = manifest_of(path)
         if not manifest:
             return f"{path}: {MANIFEST} names no files"
-        for name, entry in manifest.items():
+        for name, entry in sorted(manifest.items())[rank::world]:
             file = path / name
             if file.stat().st_size != entry["bytes"]:
                 return f"{file}: {file.stat().st_size} bytes instead of {entry['bytes']}"

@@ -7,6 +7,7 @@ from the weights with --init.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from train.checkpoint.far import FarFolder
@@ -15,23 +16,47 @@ from train.checkpoint.manifest import CheckpointError, damage, read_state
 from train.config.file import load_config
 from train.config.identity import deciding, differences
 from train.config.schema import Config
+from train.engine.engine import Engine
 from train.log import log
 
 DIVIDING = {"zero", "offload", "offload_parameters"}
 
 
-def find_checkpoint(resume: str, checkpoints: Checkpoints, far: FarFolder | None) -> Path | None:
-    """The checkpoint that `--resume` names, or under `auto` the newest whole one, fetched from the copies where the
-    run's folder has none. CheckpointError where what is there cannot be used; None where nothing is."""
-    if resume != "auto":
-        path = Path(resume)
-        if not path.exists():
-            raise CheckpointError(f"--resume {resume}: no such checkpoint: name one of a run's, or auto")
-        problem = damage(path)
-        if problem is not None:
-            raise CheckpointError(f"{problem}: not a whole checkpoint; name another, or --resume auto")
-        return path
-    path, damaged = checkpoints.newest_whole()
+def look_for_checkpoint(resume: str, checkpoints: Checkpoints, engine: Engine) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `--resume` names, or under `auto` the newest whole one of the run's folder, and a line about
+    each newer one that is damaged; every rank calls this, and hashes its part of the files. CheckpointError where the
+    named one cannot be used."""
+
+    def check(path: Path) -> str | None:
+        problems = engine.gather(damage(path, rank=engine.rank, world=engine.world))
+        return next((problem for problem in problems if problem is not None), None)
+
+    if resume == "auto":
+        steps = engine.gather(checkpoints.steps())[0]  # a shared file system may show others later
+        for step in steps:
+            wait_for(checkpoints.path(step))
+        return checkpoints.newest_whole(check, steps)
+    path = Path(resume)
+    if not engine.gather(path.exists())[0]:
+        raise CheckpointError(f"--resume {resume}: no such checkpoint: name one of a run's, or auto")
+    problem = check(path)
+    if problem is not None:
+        raise CheckpointError(f"{problem}: not a whole checkpoint; name another, or --resume auto")
+    return path, []
+
+
+def wait_for(path: Path, seconds: float = 60.0) -> None:
+    """Let a shared file system show a folder that another node has seen; what it does not show is told as missing."""
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def find_checkpoint(
+    path: Path | None, damaged: list[str], checkpoints: Checkpoints, far: FarFolder | None
+) -> Path | None:
+    """The checkpoint that was found, or where there is none the newest copy, fetched; on rank 0. CheckpointError where
+    what is there cannot be used; None where nothing is."""
     for problem in damaged:
         log.warning("damaged checkpoint, not used: %s", problem)
     if path is None and far is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,25 +66,46 @@ def write_state(folder: Path, engine: Engine, ema: Ema) -> Path:
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
-class StateFiles:
-    """The pieces of a checkpoint's state, whichever ranks wrote them. Reads only what is asked for."""
+@dataclass(frozen=True)
+class Layout:
+    """What the files of a checkpoint's state hold: {key: [(start, count, file's name)]}, Adam's updates by parameter,
+    and the average's."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / STATE
-        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}
-        self.updates: dict[str, int] = {}
-        self.averaged = 0
-        files = sorted(self.folder.glob("rank-*.safetensors"))
-        if not files:
-            raise ValueError(f"{self.folder}: no state of a training run there: name a checkpoint, or --init it")
-        for path in files:
-            file = safe_open(path, framework="pt")
+    pieces: dict[str, list[tuple[int, int, str]]]
+    updates: dict[str, int]
+    averaged: int
+
+
+def state_layout(folder: Path) -> Layout:
+    """Read the headers of all files of a checkpoint's state. ValueError where there are none."""
+    files = sorted((folder / STATE).glob("rank-*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder / STATE}: no state of a training run there: name a checkpoint, or --init it")
+    layout, averaged = Layout({}, {}, 0), 0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
             facts = file.metadata()
-            self.updates |= json.loads(facts["updates"])
-            self.averaged = int(facts["averaged"])
+            layout.updates.update(json.loads(facts["updates"]))
+            averaged = int(facts["averaged"])
             for key, start in json.loads(facts["starts"]).items():
                 (count,) = file.get_slice(key).get_shape()
-                self._pieces.setdefault(key, []).append((start, count, file))
+                layout.pieces.setdefault(key, []).append((start, count, path.name))
+    return replace(layout, averaged=averaged)
+
+
+class StateFiles:
+    """The pieces of a checkpoint's state, whichever ranks wrote them. Opens and reads only what is asked for."""
+
+    def __init__(self, folder: Path, layout: Layout | None = None) -> None:
+        self.folder = folder / STATE
+        layout = layout or state_layout(folder)
+        self._pieces, self.updates, self.averaged = layout.pieces, layout.updates, layout.averaged
+        self._opened: dict[str, Any] = {}
+
+    def _file(self, name: str) -> Any:
+        if name not in self._opened:
+            self._opened[name] = safe_open(self.folder / name, framework="pt")
+        return self._opened[name]
 
     def names(self) -> set[str]:
         """Names of the trained parameters."""
@@ -96,10 +118,10 @@ class StateFiles:
     def read(self, key: str, start: int, count: int) -> Tensor:
         """Elements [start, start + count) of the flat tensor, fp32 on the CPU. ValueError where some are missing."""
         values, filled = torch.empty(count), 0
-        for begin, length, file in self._pieces.get(key, []):
+        for begin, length, name in self._pieces.get(key, []):
             first, last = max(start, begin), min(start + count, begin + length)
             if first < last:
-                values[first - start : last - start] = file.get_slice(key)[first - begin : last - begin]
+                values[first - start : last - start] = self._file(name).get_slice(key)[first - begin : last - begin]
                 filled += last - first
         if filled != count:
             raise ValueError(f"{self.folder}: {key} has {filled} of the {count} elements asked for: not a whole state")
@@ -107,12 +129,13 @@ class StateFiles:
 
 
 @torch.no_grad()
-def read_state_into(folder: Path, engine: Engine, ema: Ema) -> None:
+def read_state_into(folder: Path, engine: Engine, ema: Ema, layout: Layout | None = None) -> None:
     """Take up a checkpoint's state on every rank of a wrapped engine, one parameter at a time, bit for bit.
 
-    The number of ranks and the ZeRO stage may differ from those that wrote it. No collectives.
+    The number of ranks and the ZeRO stage may differ from those that wrote it. layout: what one rank has read of the
+    files for all. No collectives.
     """
-    files = StateFiles(folder)
+    files = StateFiles(folder, layout)
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
         if files.numel(f"weight/{name}") != whole_shape(parameter).numel():

@@ -22,7 +22,13 @@ from train.checkpoint.copier import Copier
 from train.checkpoint.far import FarFolder, far_folder
 from train.checkpoint.folder import Checkpoints
 from train.checkpoint.manifest import RunState, read_state
-from train.checkpoint.resume import check_computed_alike, check_fits, divided_anew, find_checkpoint
+from train.checkpoint.resume import (
+    check_computed_alike,
+    check_fits,
+    divided_anew,
+    find_checkpoint,
+    look_for_checkpoint,
+)
 from train.checkpoint.saved import model_folder
 from train.config.file import load_config
 from train.config.identity import config_digest, git_commit, versions
@@ -155,9 +161,14 @@ class Session:
         with engine.agreed():
             if engine.main:
                 far = far_folder(self.config, fresh=resume is None)
+                if resume is not None:
+                    self.checkpoints.tidy()
+        damaged: list[str] = []
+        if resume is not None:
+            found, damaged = look_for_checkpoint(resume, self.checkpoints, engine)
+        with engine.agreed():
             if engine.main and resume is not None:
-                self.checkpoints.tidy()
-                found = find_checkpoint(resume, self.checkpoints, far)
+                found = find_checkpoint(found, damaged, self.checkpoints, far)
                 if found is not None:
                     digests = {"training": digest_of(self.train_sets), "validation": self._val_digest}
                     check_fits(found, self.config, digests, extend=self._extend)
