@@ -16,6 +16,7 @@ from PIL import Image
 from data.errors import DataError
 from data.picture import ORIENTATION, Stored, read_stored, upright_array
 
+LARGEST_SIDE = 1 << 20  # px: more is no picture but damage
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -50,7 +51,7 @@ def _eight_bit(values: np.ndarray) -> np.ndarray:
 
 def _plain_png(data: bytes) -> np.ndarray | None:
     """Fast for what sets are made of: 8-bit RGB PNGs; None of any other."""
-    if data[:8] != _PNG_MAGIC or data[24:26] != b"\x08\x02" or b"tRNS" in data[:65536]:
+    if data[:8] != _PNG_MAGIC or data[24:26] != b"\x08\x02" or b"tRNS" in data[:65536] or b"acTL" in data[:65536]:
         return None
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -91,6 +92,8 @@ def image_size(data: bytes, where: str = "image") -> tuple[int, int]:
         raise
     except ValueError as error:
         raise DataError(f"{where}: the image's header does not read ({error}); replace it or leave it out") from None
+    if not (0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE):
+        raise DataError(f"{where}: the image's header says {width}×{height} px; replace it or leave it out")
     return (width, height) if exif_orientation(data) >= 5 else (height, width)
 
 

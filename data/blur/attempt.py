@@ -75,6 +75,8 @@ def plan_pair(
         raise ValueError(f"tier {tier!r}: must be one of {', '.join(TIERS)}")
     height, width = photo.shape[:2]
     reach = 0 if tier == "identity" else reach_of(getattr(config.tiers, tier).extent[1])
+    if reach and config.defocus.share > 0:
+        reach += math.ceil(config.defocus.radius[1])
     rows = slice(max(top - reach, 0), min(top + size + reach, height))
     columns = slice(max(left - reach, 0), min(left + size + reach, width))
     inner = (top - rows.start, left - columns.start, size)

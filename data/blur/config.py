@@ -146,6 +146,10 @@ class MotionConfig(_Section):
             value = getattr(self, name)
             if not isinstance(value, bool) and value[0] <= 0:
                 raise ValueError(f"{name} {list(value)}: must be above 0")
+        if self.correlation[1] > 10 or self.arc[1] > 720:
+            raise ValueError(
+                "correlation reaches to 10 exposures, arc to 720°: beyond that a path only gets straighter"
+            )
         return self
 
 

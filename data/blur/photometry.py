@@ -174,7 +174,7 @@ def spots(codes: np.ndarray) -> np.ndarray | None:
     if width == 0:
         return None
     inner = np.s_[top : top + height, left : left + width]
-    count, labels, facts, _ = cv2.connectedComponentsWithStats(clipped[inner], connectivity=8, ltype=cv2.CV_16U)
+    count, labels, facts, _ = cv2.connectedComponentsWithStats(clipped[inner], connectivity=8, ltype=cv2.CV_32S)
     shares = np.zeros(count, np.float32)
     shares[1:] = np.minimum(1.0, SPOT / facts[1:, cv2.CC_STAT_AREA])
     result = np.zeros(clipped.shape, np.float32)

@@ -65,8 +65,15 @@ def index_folder(
     """
     root, naming = Path(root), naming or Naming()
     records, info = _before(root, add=add, overwrite=overwrite)
+    naming = Naming({**info.get("roles", {}), **naming.roles}, naming.dotted or info.get("dotted", False))
     known = {record["name"] for record in records}
-    tars = [path for path in sorted(root.glob("*.tar")) if path.name not in known and not path.name.startswith(".")]
+    tars = sorted(path for path in root.iterdir() if path.suffix.lower() == ".tar" and not path.name.startswith("."))
+    tars = [path for path in tars if path.name not in known]
+    inner = sorted(str(path.relative_to(root)) for path in root.glob("*/*.tar"))
+    if inner:
+        raise DataError(
+            f"{root}: has shards in folders ({inner[0]} …): index each folder, or move them beside each other"
+        )
     packed = sorted(path.name for pattern in COMPRESSED for path in root.glob(pattern))
     if packed:
         raise DataError(f"{root}: {', '.join(packed)}: samples are read by their place in a tar, so unpack these first")
@@ -82,6 +89,12 @@ def index_folder(
                 progress(len(reads), len(tars))
     found = Indexed(root / INDEX, shards=len(records) + len(tars))
     pairs_before = any(ext.startswith(f"{BLURRY}.") for record in records for ext in record["members"])
+    if (
+        records
+        and not pairs_before
+        and any(f"{BLURRY}." in ext for r in reads for s in r.samples for ext in s[0].images)
+    ):
+        raise DataError(f"{root}: its index holds photographs, the new shards hold pairs; keep them in two folders")
     _drop_singles(reads, pairs_before)
     taken = {key for record in records for key in record["keys"]}
     for read in reads:
@@ -101,8 +114,8 @@ def index_folder(
         raise DataError(f"{root}: no pictures in its tars ({len(found.small)} small, {len(found.bad)} bad left out)")
     left_out = {"small": info.get("left_out", {}).get("small", 0) + len(found.small)}
     left_out["bad"] = info.get("left_out", {}).get("bad", []) + found.bad
-    roles = dict(naming.roles) or info.get("roles", {})
-    write_index(root, records, {**info, "source": "indexed from tars", "roles": roles, "left_out": left_out})
+    facts = {"roles": dict(naming.roles), "dotted": naming.dotted, "left_out": left_out}
+    write_index(root, records, {"source": "indexed from tars", **info, **facts})
     return found
 
 
@@ -128,7 +141,7 @@ def _read_tar(path: Path, naming: Naming, min_size: int, decode: bool) -> _Read:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         read = _Read({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
-        samples, read.others = samples_of(tar_members(path), naming)
+        samples, read.others = samples_of(tar_members(path), naming, path.name)
         for sample in samples:
             if sample.problem:
                 read.bad.append(f"{path.name}: {sample.problem}")

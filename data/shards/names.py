@@ -1,9 +1,10 @@
 """Which members of a tar are one sample, and which picture of a pair is the blurry one: read from their names.
 
 Writers of shards agree on little. Pairs tell their pictures apart by what stands before the extension (`x.input.png`,
-`x.target.png`), by folder (`blur/x.png`, `sharp/x.png`) or at an end of the name (`x_blur.png`, `x_sharp.png`); any
-other picture is a sample of its own, under its path up to the last dot. Where two readings are possible (`x.jpg` beside
-`x.mask.png`: a mask is no photograph) nothing is guessed: that is a problem, and its line names the way out.
+`x.target.png`), by folder (`blur/x.png`, `sharp/x.png`, `train_blur/…`) or at an end of the name (`x_blur.png`,
+`x_sharp.png`); any other picture is a sample of its own, under its path up to the last dot. Where two readings are
+possible (`x.jpg` beside `x.mask.png`: a mask is no photograph) nothing is guessed: that is a problem, and its line
+names the way out.
 """
 
 import posixpath
@@ -11,17 +12,33 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from data.errors import DataError
 from data.formats import is_image, is_junk
 from data.shards.tar import Member
 
-SHARP, BLURRY, SKIP = "sharp", "blurry", "skip"
-ROLES = {
-    **dict.fromkeys(("sharp", "target", "gt", "groundtruth", "ground_truth", "clean", "hq", "hr", "sharp_gt"), SHARP),
-    **dict.fromkeys(("blurry", "blur", "blurred", "input", "lq", "lr", "blur_gamma", "degraded"), BLURRY),
-}
+SHARP, BLURRY, SKIP, NONE = "sharp", "blurry", "skip", "none"
+_SHARP = ("sharp", "target", "gt", "groundtruth", "ground_truth", "clean", "hq", "hr", "sharp_gt", "gt_sharp")
+_BLURRY = (
+    "blurry",
+    "blur",
+    "blurred",
+    "input",
+    "source",
+    "lq",
+    "lr",
+    "degraded",
+    "blur_gamma",
+    "real_blur",
+    "avg_blur",
+)
+ROLES = dict.fromkeys(_SHARP, SHARP) | dict.fromkeys(_BLURRY, BLURRY)
 """Names that the field's data sets give to the pictures of a pair."""
+
+_WAY_OUT = (
+    "say what the names mean (--roles blur=blurry,gt=sharp,mask=skip,word=none; a plain picture's is its extension)"
+)
 
 
 @dataclass
@@ -49,7 +66,28 @@ class Naming:
 
     def role(self, name: str) -> str | None:
         """sharp, blurry or skip, None where the name says nothing."""
-        return self.roles.get(name.lower(), ROLES.get(name.lower()))
+        found = self._known.get(name.lower())
+        return None if found == NONE else found
+
+    def at_an_end(self, name: str) -> tuple[str | None, str]:
+        """(role, rest of the name) where the name is a role, or ends or begins with one; (None, name) otherwise."""
+        match = self._ends.fullmatch(name)
+        if match is None:
+            return None, name
+        found = next(word for word in match.group("whole", "last", "first") if word)
+        return self.role(found), match["before"] or match["after"] or ""
+
+    @cached_property
+    def _known(self) -> dict[str, str]:
+        return {**ROLES, **self.roles}
+
+    @cached_property
+    def _ends(self) -> re.Pattern:
+        words = sorted((word for word, role in self._known.items() if role != NONE), key=len, reverse=True)
+        any_of = "|".join(map(re.escape, words))
+        return re.compile(
+            rf"(?P<whole>{any_of})|(?P<before>.+)[_\- ](?P<last>{any_of})|(?P<first>{any_of})[_\- ](?P<after>.+)", re.I
+        )
 
 
 def given_roles(text: str | None) -> dict[str, str]:
@@ -57,55 +95,95 @@ def given_roles(text: str | None) -> dict[str, str]:
     roles = {}
     for part in text.split(",") if text else ():
         name, _, role = (each.strip().lower() for each in part.partition("="))
-        if not name or role not in (SHARP, BLURRY, SKIP):
-            raise DataError(f"roles {text!r}: give NAME=ROLE with commas, ROLE one of {SHARP}, {BLURRY}, {SKIP}")
+        if not name or role not in (SHARP, BLURRY, SKIP, NONE):
+            raise DataError(
+                f"roles {text!r}: give NAME=ROLE with commas, ROLE one of {SHARP}, {BLURRY}, {SKIP}, {NONE}"
+            )
         roles[name] = role
     return roles
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A picture as its name reads: the sample's key and its role, and what says so (ext, folder, stem or nothing)."""
+    """A picture as its name reads: the sample's key; its role, and what says so (ext, folder, stem, or nothing); the
+    name with a star in the role's place, which its partner shares."""
 
     key: str
-    role: str | None
-    by: str
+    role: str | None = None
+    by: str = ""
+    starred: str = ""
 
 
-def samples_of(members: Iterable[Member], naming: Naming) -> tuple[list[Sample], int]:
+def samples_of(members: Iterable[Member], naming: Naming, shard: str = "") -> tuple[list[Sample], int]:
     """(samples with a picture, by their first members; how many other members belong to none of them).
 
-    A name that comes twice makes a second sample, `key~2`.
+    A name that comes twice makes a second sample, `key~2`. shard: the tar's name, which may say blurry too.
     """
+    members = list(members)
     named = [member for member in members if not is_junk(member.name)]
-    reads = _agreed({m.name: _read(m.name, naming) for m in named if is_image(m.name)}, naming)
-    keys = {read.key for read in reads.values()}
-    alone = Counter(_first(key) for key in keys)
-    by_first = {_first(key): key for key in keys if alone[_first(key)] == 1}
-    samples: dict[str, list[Sample]] = {}
-    left = 0
+    reads = {m.name: _read(m.name, naming) for m in named if is_image(m.name)}
+    partners: dict[str, set[str]] = defaultdict(set)
+    for read in reads.values():
+        partners[read.starred].add(read.role or "")
+    for name, read in reads.items():
+        if read.by == "stem" and read.role == SHARP and len(partners[read.starred]) < 2:
+            reads[name] = _Read(_path(name).rpartition(".")[0], starred=name)  # a photograph of that name
+        elif read.by == "folder" and read.role == SHARP and len(partners[read.starred]) < 2:
+            reads[name] = _Read(_path(name).rpartition(".")[0], SHARP, "alone", name)
+    found = _assembled(named, reads)
+    _attach_others(named, found, naming)
+    _find_problems(found, reads, naming, shard)
+    return found, len(members) - sum(len(sample.members) for sample in found)
+
+
+def _assembled(named: list[Member], reads: dict[str, _Read]) -> list[Sample]:
+    """Samples of the pictures, but for those whose role is skip."""
+    samples: dict[tuple[str, int], Sample] = {}
+    seen: Counter[str] = Counter()
+    keys: Counter[str] = Counter()
     for member in named:
-        path, _, ext = _path(member.name).rpartition(".")
-        if is_image(member.name):
-            read = reads[member.name]
-            key, ext = read.key, f"{read.role}.{ext}" if read.role in (SHARP, BLURRY) else ext
-            skipped = read.role == SKIP
-        else:
-            stem = _read(member.name, naming).key
-            key = stem if stem in keys else by_first.get(_first(path), "")
-            ext = _path(member.name)[len(_first(path)) + 1 :] if key not in (path, stem) else ext
-            skipped = not key
-        if skipped:
-            left += 1
+        if not is_image(member.name):
             continue
-        own = samples.setdefault(key, [Sample(key)])
-        if ext in own[-1].members:
-            own.append(Sample(f"{key}~{len(own) + 1}"))
-        own[-1].members[ext] = member
-    found = [sample for own in samples.values() for sample in own if sample.images]
-    left += sum(len(sample.members) for own in samples.values() for sample in own if not sample.images)
-    _find_problems(found, naming)
-    return found, left
+        read = reads[member.name]
+        if read.role == SKIP:
+            continue
+        ext = _path(member.name).rpartition(".")[2]
+        ext = f"{read.role}.{ext}" if read.role in (SHARP, BLURRY) and read.by != "alone" else ext
+        place = (read.starred if read.role else read.key, seen[member.name])
+        seen[member.name] += 1
+        if place not in samples:
+            keys[read.key] += 1
+            number = keys[read.key]
+            samples[place] = Sample(read.key if number == 1 else f"{read.key}~{number}")
+        sample = samples[place]
+        if read.role in (SHARP, BLURRY) and any(each.startswith(f"{read.role}.") for each in sample.members):
+            names = ", ".join(each.name for each in [*sample.members.values(), member])
+            sample.problem = f"{names}: two {read.role} pictures of one pair; {_WAY_OUT}"
+            ext = f"{ext}~{len(sample.members)}"
+        sample.members[ext] = member
+    return list(samples.values())
+
+
+def _attach_others(named: list[Member], samples: list[Sample], naming: Naming) -> None:
+    """Give json, txt and such to the sample of their name, the second of a name to the second of a key."""
+    by_key: dict[str, list[Sample]] = defaultdict(list)
+    by_first: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        key = re.sub(r"~\d+$", "", sample.key)
+        by_key[key].append(sample)
+        by_first[_first(key)].append(sample)
+    seen: Counter[str] = Counter()
+    for member in named:
+        if is_image(member.name):
+            continue
+        path, _, ext = _path(member.name).rpartition(".")
+        turn = seen[member.name]
+        seen[member.name] += 1
+        own = by_key.get(_read(member.name, naming).key) or by_key.get(path)
+        if own is None and len(by_first[_first(path)]) == 1:
+            own, ext = by_first[_first(path)], _path(member.name)[len(_first(path)) + 1 :]
+        if own is not None and turn < len(own) and ext not in own[turn].members:
+            own[turn].members[ext] = member
 
 
 def _path(name: str) -> str:
@@ -123,56 +201,52 @@ def _read(name: str, naming: Naming) -> _Read:
     path, _, ext = _path(name).rpartition(".")
     folder, _, stem = path.rpartition("/")
     before, dot, last = stem.rpartition(".")
-    role = naming.role(last) if dot else naming.roles.get(ext.lower())
-    if role is not None:
-        return _Read(posixpath.join(folder, before if dot else stem), role, "ext")
-    parts = folder.split("/")
+    if dot and (role := naming.role(last)):
+        return _Read(posixpath.join(folder, before), role, "ext", posixpath.join(folder, f"{before}.*"))
+    if role := naming.roles.get(ext.lower()):
+        return _Read(path, None if role == NONE else role, "ext", f"{path}.*")
+    parts = folder.split("/") if folder else []
     for number in reversed(range(len(parts))):
-        if role := naming.role(parts[number]):
-            return _Read("/".join([*parts[:number], *parts[number + 1 :], stem]), role, "folder")
-    for pattern in (r"(?P<key>.+)[_-](?P<role>[^_-]+|blur_gamma|ground_truth)", r"(?P<role>[^_-]+)[_-](?P<key>.+)"):
-        match = re.fullmatch(pattern, stem)
-        if match and (role := naming.role(match["role"])):
-            return _Read(posixpath.join(folder, match["key"]), role, "stem")
-    return _Read(path, None, "")
+        role, rest = naming.at_an_end(parts[number])
+        if role is not None:
+            while (again := naming.at_an_end(stem)) and again[0] == role:  # blur/blur_1.png beside gt/gt_1.png
+                stem = again[1]
+            around = [*parts[:number], rest, *parts[number + 1 :]]
+            starred = "/".join([*parts[:number], f"*{rest}", *parts[number + 1 :], stem])
+            return _Read("/".join(part for part in [*around, stem] if part) or "pair", role, "folder", starred)
+    role, rest = naming.at_an_end(stem)
+    if role is not None:
+        key = posixpath.join(folder, rest).rstrip("/") or "pair"
+        return _Read(key, role, "stem", posixpath.join(folder, f"*{rest}"))
+    return _Read(path, starred=path)
 
 
-def _agreed(reads: dict[str, _Read], naming: Naming) -> dict[str, _Read]:
-    """Roles by folder or name hold where a picture has its partner, or where all pictures are said to be blurry."""
-    partners: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for read in reads.values():
-        if read.role in (SHARP, BLURRY):
-            partners[read.by, read.key].add(read.role)
-    blurry_alone = all(read.role == BLURRY for read in reads.values())
-    agreed = {}
-    for name, read in reads.items():
-        paired = len(partners[read.by, read.key]) == 2
-        said = read.by == "folder" and read.role == BLURRY
-        if read.by in ("", "ext") or read.role == SKIP or paired or said or blurry_alone:
-            agreed[name] = read
-        else:
-            agreed[name] = _Read(_path(name).rpartition(".")[0], None, "")
-    return agreed
-
-
-def _find_problems(samples: list[Sample], naming: Naming) -> None:
+def _find_problems(samples: list[Sample], reads: dict[str, _Read], naming: Naming, shard: str) -> None:
     """Say in each sample what keeps it from being one photograph or one pair."""
     together: dict[str, list[Sample]] = defaultdict(list)
+    of_shard, _ = naming.at_an_end(shard.partition(".")[0])
+    stems: dict[str, list[str]] = defaultdict(list)
+    for name, read in reads.items():
+        stems[posixpath.basename(_path(name)).rpartition(".")[0]].append(read.by)
     for sample in samples:
+        if sample.problem:
+            continue
         roles = Counter(ext.partition(".")[0] if "." in ext else "" for ext in sample.images)
         names = ", ".join(member.name for member in sample.images.values())
+        first = next(iter(sample.images.values())).name
         if roles[BLURRY] and not roles[SHARP] and not roles[""]:
             sample.problem = f"{names}: a blurry picture without its sharp one; {_WAY_OUT}"
         elif len(sample.images) > 1 and (roles[""] or max(roles.values()) > 1):
             sample.problem = f"{names}: which is the photograph, or which are the pair? {_WAY_OUT}"
+        elif roles[""] and of_shard == BLURRY:
+            sample.problem = f"{names}: the shard's name says blurry; pack pairs into one shard, or {_WAY_OUT}"
+        elif reads[first].by == "alone" and "" in stems[posixpath.basename(_path(first)).rpartition(".")[0]]:
+            sample.problem = f"{names}: another folder has a picture of this name: a pair? {_WAY_OUT}"
         elif roles[""]:
             together[_first(sample.key)].append(sample)
     for first, group in together.items():
-        rest = [sample.key[len(first) :] for sample in group]
-        if len(group) > 1 and not naming.dotted and not all(re.search(r"\d", text) for text in rest):
+        rest = [re.sub(r"~\d+$", "", sample.key)[len(first) :] for sample in group]
+        if len(group) > 1 and not naming.dotted and not all(re.fullmatch(r"(\.[\d_-]+)*", text) for text in rest):
             names = ", ".join(member.name for sample in group for member in sample.images.values())
             for sample in group:
                 sample.problem = f"{names}: one sample, or photographs each (--dotted)? {_WAY_OUT}"
-
-
-_WAY_OUT = "say what the names mean (--roles blur=blurry,gt=sharp,mask=skip; a plain picture's name is its extension)"

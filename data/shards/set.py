@@ -168,7 +168,11 @@ class ShardSet:
     def unindexed(self) -> list[str]:
         """Names of tars (and what a killed writer left of one) in a local set's folder that the index does not list."""
         known = {shard.name for shard in self.shards}
-        return sorted(path.name for path in self.root.glob("*.tar*") if path.name not in known and path.is_file())
+        return sorted(
+            path.name
+            for path in self.root.iterdir()
+            if ".tar" in path.name.lower() and path.name not in known and path.is_file()
+        )
 
     def shard_path(self, shard: int) -> Path:
         """Local path of a shard, fetched into the cache first where the set is remote."""

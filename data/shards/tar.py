@@ -42,6 +42,11 @@ def tar_members(path: Path) -> list[Member]:
         file.seek(end)
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise DataError(f"{path}: not a whole tar (after {len(entries)} members, at byte {end}); restore the shard")
+        while piece := file.read(1 << 20):
+            if piece.count(0) != len(piece):
+                raise DataError(
+                    f"{path}: goes on after its end (tars that were joined?): pack its members into one tar"
+                )
     files = {posixpath.normpath(entry.name): entry for entry in entries}
     members = []
     for entry in entries:
@@ -61,4 +66,5 @@ def tar_members(path: Path) -> list[Member]:
 
 def _printable(name: str) -> str:
     """The name as it can be shown and stored, whatever bytes it is made of."""
+    name = name.replace("\\", "/")  # as Windows writes paths
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)

@@ -70,6 +70,10 @@ def restore_all(
             raise PictureError(f"{source}: no pictures in this folder ({', '.join(READABLE)})")
         if target.is_file():
             raise PictureError(f"{target}: is a file: give a folder for a folder")
+        if target.resolve() == source.resolve():
+            raise PictureError(
+                f"{target}: is the folder of the pictures themselves: choose another for the restored ones"
+            )
     else:
         jobs = [(source, target / _writable_name(source) if target.is_dir() else target)]
     for path, destination in jobs:

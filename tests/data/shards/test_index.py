@@ -89,7 +89,7 @@ def test_roles_are_asked_for_where_names_do_not_say_them(tmp_path):
 
 def test_a_plain_picture_beside_another_is_not_guessed(tmp_path):
     for other in ("x.mask.png", "x.blur.png", "x.png"):
-        with pytest.raises(DataError, match=r"which is the photograph|one sample"):
+        with pytest.raises(DataError, match=r"which is the photograph|one sample|without its sharp one"):
             indexed(tmp_path / "set", [("x.jpg", JPG), (other, png(1))])
     shards = indexed(tmp_path / "set", [("x.jpg", JPG), ("x.mask.png", png(1))], naming=Naming({"mask": "skip"}))
     assert keys_of(shards) == ["x"]
@@ -105,11 +105,123 @@ def test_blurry_pictures_alone_are_refused(tmp_path):
             indexed(tmp_path / "set", [(name, JPG)])
 
 
-def test_a_name_with_such_a_word_is_a_photograph_all_the_same(tmp_path):
-    names = ["motion_blur.png", "blur-of-lights.png", "sharp/one.png", "two.png"]
-    shards = indexed(tmp_path / "set", [(name, png(number)) for number, name in enumerate(names)])
-    assert keys_of(shards) == ["motion_blur", "blur-of-lights", "sharp/one", "two"]
+def test_a_name_that_holds_such_a_word_is_asked_for_or_a_photograph(tmp_path):
+    names = ["motion_blur.png", "blur-of-lights.png", "sharp/one.png", "a_sharp.png", "two.png"]
+    members = [(name, png(number)) for number, name in enumerate(names)]
+    with pytest.raises(DataError, match="2 samples .*motion_blur.png: a blurry picture without"):
+        indexed(tmp_path / "set", members)
+    shards = indexed(tmp_path / "set", members, naming=Naming(given_roles("blur=none")))
+    assert keys_of(shards) == ["motion_blur", "blur-of-lights", "sharp/one", "a_sharp", "two"]
     assert shards.kind == "sharp"
+
+
+RELEASED = {
+    "two words": ("x_blur_gamma.png", "x_ground_truth.png"),
+    "the word alone": ("s1/blurry.png", "s1/sharp.png"),
+    "REDS": ("train/train_blur/000/00000000.png", "train/train_sharp/000/00000000.png"),
+    "DPDD": ("train_c/source/1P0A0896.png", "train_c/target/1P0A0896.png"),
+    "RSBlur": ("0001/real_blur/real_blur.png", "0001/gt/gt_sharp.png"),
+    "RealBlur": ("scene001/blur/blur_1.png", "scene001/gt/gt_1.png"),
+    "spaces": ("x blur.png", "x sharp.png"),
+    "Windows": ("set\\blur\\x.png", "set\\sharp\\x.png"),
+    "GoPro": ("train/GOPR0372_07_00/blur/000047.png", "train/GOPR0372_07_00/sharp/000047.png"),
+}
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+def test_data_sets_as_released_are_pairs(tmp_path, kind):
+    blurry, sharp = RELEASED[kind]
+    shards = indexed(tmp_path / "set", [(sharp, png(2)), (blurry, png(1))])
+    assert (shards.kind, len(shards)) == ("pairs", 1)
+    truth, input_ = Sources([shards]).photograph(0, 0)
+    assert np.array_equal(truth, picture(2))
+    assert np.array_equal(input_, picture(1))
+
+
+NOT_GUESSED = {
+    "HIDE": ["train/1.png", "GT/1.png"],
+    "numbered words": ["x.input1.png", "x.target1.png"],
+    "images": ["x.img0.png", "x.img1.png"],
+    "two blurry ones": ["s/blur/1.png", "s/blur_gamma/1.png", "s/sharp/1.png"],
+    "two blurry ones, other order": ["s/blur_gamma/1.png", "s/sharp/1.png", "s/blur/1.png"],
+    "blurry beside others": ["a_blur.png", "b_blur.png", "logo.png"],
+}
+
+
+@pytest.mark.parametrize("kind", NOT_GUESSED)
+def test_what_may_be_a_pair_is_asked_for(tmp_path, kind):
+    members = [(name, png(number)) for number, name in enumerate(NOT_GUESSED[kind])]
+    with pytest.raises(DataError, match="--roles"):
+        indexed(tmp_path / "set", members)
+
+
+def test_pictures_of_different_pairs_are_never_paired(tmp_path):
+    members = [
+        (name, png(number)) for number, name in enumerate(["blur/x.png", "x.target.png", "x.input.png", "sharp/x.png"])
+    ]
+    shards = indexed(tmp_path / "set", members)
+    found = [[int(picture_number(each)) for each in Sources([shards]).photograph(0, n)] for n in range(2)]
+    assert found == [[3, 0], [1, 2]]
+    members = [(name, png(n)) for n, name in enumerate(["x.input.png", "x.input.png", "x.target.png", "x.target.png"])]
+    shards = indexed(tmp_path / "again", members)
+    found = [[int(picture_number(each)) for each in Sources([shards]).photograph(0, n)] for n in range(2)]
+    assert found == [[2, 0], [3, 1]]
+
+
+def picture_number(image: np.ndarray) -> int:
+    return next(number for number in range(9) if np.array_equal(image, picture(number)))
+
+
+def test_a_blurry_shard_beside_a_sharp_one_is_no_set_of_photographs(tmp_path):
+    for name in ("blur", "sharp"):
+        pack(tmp_path / f"{name}.tar", [("1.png", png(1))])
+    with pytest.raises(DataError, match="the shard's name says blurry"):
+        index_folder(tmp_path)
+
+
+def test_pairs_are_not_added_to_photographs_and_roles_are_kept(tmp_path):
+    pack(tmp_path / "a.tar", [("1.png", png(1))])
+    index_folder(tmp_path)
+    pack(tmp_path / "b.tar", [("x.input.png", png(1)), ("x.target.png", png(2))])
+    with pytest.raises(DataError, match="keep them in two folders"):
+        index_folder(tmp_path, add=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    pack(other / "a.tar", [("x.1.png", png(1)), ("x.2.png", png(2))])
+    index_folder(other, naming=Naming(given_roles("1=blurry,2=sharp")))
+    pack(other / "b.tar", [("y.1.png", png(3)), ("y.2.png", png(4))])
+    assert index_folder(other, add=True).pairs == 2
+
+
+def test_the_way_out_works_for_frames_of_two_kinds(tmp_path):
+    members = [("clip.0001.jpg", JPG), ("clip.0001.png", png(1))]
+    with pytest.raises(DataError, match="which is the photograph"):
+        indexed(tmp_path / "set", members)
+    assert indexed(tmp_path / "set", members, naming=Naming(given_roles("jpg=sharp,png=blurry"))).kind == "pairs"
+
+
+def test_joined_tars_and_shards_in_folders_are_told(tmp_path):
+    for name in ("a", "b"):
+        pack(tmp_path / f"{name}.tar", [(f"{name}.png", png(1))])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
+    with pytest.raises(DataError, match="goes on after its end"):
+        index_folder(tmp_path)
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "b.tar").rename(tmp_path / "B.TAR")
+    assert index_folder(tmp_path).samples == 1
+    (tmp_path / "inner").mkdir()
+    pack(tmp_path / "inner" / "c.tar", [("c.png", png(1))])
+    with pytest.raises(DataError, match="has shards in folders"):
+        index_folder(tmp_path, overwrite=True)
+
+
+def test_sizes_that_no_picture_has_are_bad_without_decoding_too(tmp_path):
+    header = bytearray(png(1))
+    header[16:24] = (0).to_bytes(4, "big") + (5).to_bytes(4, "big")
+    pack(tmp_path / "a.tar", [("good.png", png(1)), ("bad.png", bytes(header))])
+    found = index_folder(tmp_path, decode=False, skip_bad=True)
+    assert (found.samples, len(found.bad)) == (1, 1)
+    assert len(ShardSet(tmp_path)) == 1
 
 
 def test_nothing_is_lost_and_nothing_merged(tmp_path):
