@@ -57,3 +57,16 @@ def own_folder(path: Path, setting: str) -> Path:
             errno.EPERM, f"belongs to another user, or others may write into it: remove it, or set {setting}", str(path)
         )
     return path
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file of a folder and of those in it, by path, linked folders too, each folder once."""
+    seen: set[tuple[int, int]] = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        facts = os.stat(place)
+        if (facts.st_dev, facts.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        inner.sort()
+        yield from (Path(place, name) for name in sorted(names) if Path(place, name).is_file())

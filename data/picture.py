@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from data.errors import DataError
 
 ORIENTATION = 0x0112
+_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")  # not those that start other programs
 MOST_PIXELS = 2**30
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses above twice that
 
@@ -35,7 +36,7 @@ def read_stored(data: bytes, where: str) -> Stored:
     """Read an encoded picture. DataError, naming `where`, if it is of an unknown kind, has several pages, holds other
     than 8 or 16 bits a channel, or does not decode."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             frames = getattr(image, "n_frames", 1)
             kind, bits = image.format, _bits(data, image)
             orientation = image.getexif().get(ORIENTATION, 1)  # a TIFF's is gone once it is loaded
@@ -108,8 +109,12 @@ def _read_deep(data: bytes, kind: str | None, where: str) -> np.ndarray:
     """uint16 [H, W], [H, W, 3] RGB or [H, W, 4] RGBA, as stored. DataError if it does not decode."""
     array = None
     if kind == "TIFF":
-        with contextlib.suppress(Exception):  # compressions that it does not know are OpenCV's to read
-            array = tifffile.imread(io.BytesIO(data))
+        try:
+            array = _deep_tiff(data, where)
+        except DataError:
+            raise
+        except Exception:  # of many types: compressions that it does not know are OpenCV's to read
+            array = None
         if array is not None and (array.ndim > 3 or (array.ndim == 3 and array.shape[2] not in (2, 3, 4))):
             raise DataError(f"{where}: has {array.shape} samples; give one grey, RGB or RGBA picture")
     if array is None:
@@ -119,6 +124,33 @@ def _read_deep(data: bytes, kind: str | None, where: str) -> np.ndarray:
             array = cv2.cvtColor(array, cv2.COLOR_BGR2RGB if array.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
     if array is None or array.dtype != np.uint16:
         raise DataError(f"{where}: its 16-bit pixels do not decode; save it as PNG or uncompressed TIFF")
+    return array
+
+
+def _deep_tiff(data: bytes, where: str) -> np.ndarray:
+    """A 16-bit TIFF's pixels, [H, W] or [H, W, 2 to 4], white on high values and alpha last, not multiplied in."""
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages[0]
+        array, kind = page.asarray(), tifffile.PHOTOMETRIC(int(page.photometric)).name
+        if int(page.planarconfig) == 2 and array.ndim == 3:
+            array = np.moveaxis(array, 0, -1)
+        if kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
+            raise DataError(f"{where}: a 16-bit TIFF of {kind.lower()} colours; convert it to grey or RGB")
+        extra = [int(each) for each in page.extrasamples]
+    colours = 3 if kind == "RGB" else 1
+    if array.dtype != np.uint16 or array.ndim != 2 + (colours + len(extra) > 1):
+        return array
+    if kind == "MINISWHITE":
+        array = array.copy()
+        colour = array if array.ndim == 2 else array[..., :1]
+        colour[...] = 65535 - colour
+    if array.ndim == 3 and array.shape[2] > colours:
+        alpha = array[..., colours : colours + 1]
+        if extra[0] == 1:  # multiplied in
+            colour = np.rint(array[..., :colours] * (65535.0 / np.maximum(alpha, 1)))
+            array = np.concatenate([np.minimum(colour, 65535).astype(np.uint16), alpha], axis=2)
+        array = array[..., : colours + (extra[0] in (1, 2))]  # others are unspecified: no opacity
+        array = array[..., 0] if array.shape[2] == 1 else array
     return array
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data.errors import DataError
-from data.files import write_atomically
+from data.files import files_below, write_atomically
 from data.formats import is_junk
 from data.prepare.layouts import (
     LAYOUTS,
@@ -371,7 +371,7 @@ def prepare_dataset(
     recipe = recipe or Recipe()
     junk = 0
     if root.is_dir():
-        names = (str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and out not in path.parents)
+        names = (str(path.relative_to(root)) for path in files_below(root) if out not in path.parents)
         junk = sum(map(is_junk, names))
     info = {"dataset": layout, "split": split or "", "variant": variant or ""}
     if layout != "video" and layout not in LAYOUTS:

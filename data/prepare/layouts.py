@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import DataError
+from data.files import files_below
 from data.formats import is_image, is_junk
 from data.shards.names import BLURRY, ROLES, SHARP
 from data.shards.tar import MAX_KEY
@@ -85,8 +86,8 @@ def images_in(folder: Path) -> list[Path]:
 
 def images_below(folder: Path) -> list[Path]:
     """Image files of a folder and of those in it, by path, numbers in it as numbers; not what systems leave behind."""
-    found = ((str(p.relative_to(folder)), p) for p in folder.rglob("*") if is_image(p.name))
-    return [p for name, p in sorted(found, key=lambda each: _in_order(each[0])) if not is_junk(name) and p.is_file()]
+    found = ((str(p.relative_to(folder)), p) for p in files_below(folder) if is_image(p.name))
+    return [p for name, p in sorted(found, key=lambda each: _in_order(each[0])) if not is_junk(name)]
 
 
 def _in_order(text: str) -> list[tuple[int, int, str]]:
@@ -248,7 +249,8 @@ def pairs_of_list(path: Path, root: Path) -> list[PairFiles]:
     with spaces. DataError for a line that is none, and where names say that the columns are swapped."""
     pairs = []
     for number, line in enumerate(_lines(path), 1):
-        fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
+        sign = next((sign for sign in "\t," if sign in line), None)
+        fields = [field.strip() for field in line.split(sign)]
         if not line.strip():
             continue
         if len(fields) != 2:
@@ -262,15 +264,18 @@ def pairs_of_list(path: Path, root: Path) -> list[PairFiles]:
         if said == [{BLURRY}, {SHARP}]:
             raise DataError(f"{path}:{number}: {fields[0]} comes first and is blurry; expected `<sharp> <blurry>`")
         for name in fields:
+            if not (root / name).resolve().is_relative_to(root.resolve()):
+                raise DataError(f"{path}:{number}: {name} lies outside of {root}; give paths below it")
             if not (root / name).is_file():
                 raise DataError(f"{root / name}: missing (line {number} of {path.name})")
-        pairs.append(PairFiles(key_of(Path(fields[1]).with_suffix("")), root / fields[0], root / fields[1]))
+        sharp, blurry = (root / os.path.relpath(root / name, root) for name in fields)
+        pairs.append(PairFiles(key_of(blurry.relative_to(root).with_suffix("")), sharp, blurry))
     return pairs
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the list does not read ({error}); give a text file") from None
 

@@ -8,6 +8,8 @@ from data.errors import DataError
 from data.shards.set import ShardSet
 from data.stream.order import derived_rng
 
+# 2: recorded pairs keep no margin, others what the blur needs; seeds of later sources name the source.
+PAIRS_VERSION = 2
 SMALLEST_CROP = 32  # px, of data.crop and eval.crop
 
 

@@ -140,3 +140,37 @@ def test_size_is_the_decoded_size(data):
 def test_psnr_of_a_known_error():
     assert psnr(np.zeros((4, 4), np.uint8), np.full((4, 4), 10, np.uint8)) == pytest.approx(28.1308, abs=1e-4)
     assert psnr(RGB, RGB) == float("inf")
+
+
+def deep_tiff(array: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, array, metadata=None, **options)
+    return file.getvalue()
+
+
+def test_deep_tiffs_of_every_layout_are_read_as_they_look():
+    grey = np.full((8, 9), 50 * 257, np.uint16)
+    rgb = np.dstack([np.full((8, 9), value * 257, np.uint16) for value in (200, 100, 50)])
+    alpha = np.full((8, 9, 1), 128 * 257, np.uint16)
+    assert decode_image(deep_tiff(grey, photometric="minisblack"))[0, 0].tolist() == [50, 50, 50]
+    assert decode_image(deep_tiff(grey, photometric="miniswhite"))[0, 0].tolist() == [205, 205, 205]
+    assert decode_image(deep_tiff(rgb, photometric="rgb"))[0, 0].tolist() == [200, 100, 50]
+    planes = np.ascontiguousarray(np.moveaxis(rgb, -1, 0))
+    assert decode_image(deep_tiff(planes, photometric="rgb", planarconfig="separate"))[0, 0].tolist() == [200, 100, 50]
+    plain = decode_image(deep_tiff(np.dstack([rgb, alpha]), photometric="rgb", extrasamples=["unassalpha"]))
+    assert np.abs(plain[0, 0].astype(int) - [227, 177, 152]).max() <= 1
+    within = (np.dstack([rgb * (128 / 255), alpha])).astype(np.uint16)
+    premultiplied = decode_image(deep_tiff(within, photometric="rgb", extrasamples=["assocalpha"]))
+    assert np.abs(premultiplied.astype(int) - plain).max() <= 1
+    other = decode_image(deep_tiff(np.dstack([rgb, alpha]), photometric="rgb", extrasamples=["unspecified"]))
+    assert other[0, 0].tolist() == [200, 100, 50]
+    with pytest.raises(DataError, match="16-bit TIFF of separated colours"):
+        decode_image(deep_tiff(np.dstack([rgb, alpha]), photometric="separated"))
+
+
+def test_animations_and_programs_are_no_pictures():
+    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    with pytest.raises(DataError, match="2 pages or frames"):
+        decode_image(saved(frames[0], "PNG", save_all=True, append_images=frames[1:]))
+    with pytest.raises(DataError, match="its kind is unknown"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")

@@ -26,7 +26,8 @@ class RunState:
 
     samples_consumed is the whole state of the training stream: with the seed it says what comes next. config_digest: of
     what decides the losses in config.yaml beside it; cache_fingerprint: of the feature cache, None without one.
-    teacher_digest: of the teacher's weights, None without one. versions: of the packages that compute.
+    teacher_digest: of the teacher's weights, None without one. versions: of the packages that compute. pairs_version:
+    of the rules by which crops and seeds are drawn (`data.stream.crops.PAIRS_VERSION`).
     """
 
     step: int
@@ -42,6 +43,7 @@ class RunState:
     cache_fingerprint: str | None = None
     teacher_digest: str | None = None
     versions: dict[str, str] | None = None
+    pairs_version: int = 1
 
 
 def read_state(path: Path) -> RunState:

@@ -90,13 +90,26 @@ def check_fits(path: Path, config: Config, digests: dict[str, str], *, extend: b
     if extend:
         for section, key in EXTENDED:
             del before[section][key], now[section][key]
-        if config.train.steps <= state.step:
-            raise CheckpointError(f"--extend {config.train.steps}: the run is at step {state.step}: give more")
-    differing = differences(before, now)
-    if differing:
+        had = load_config(path / "config.yaml").train.steps
+        if config.train.steps < had:  # as many are nothing to do, so that a requeued job ends well
+            raise CheckpointError(f"--extend {config.train.steps}: the run has {had} steps already: give more")
+    differing = sorted(differences(before, now), key=lambda name: not name.startswith("blur.preset"))
+    names = {name.partition(" ")[0] for name in differing}
+    if "blur.preset" in names:
+        was = load_config(path / "config.yaml").blur.preset
+        raise CheckpointError(
+            f"{path}: the blur's preset was {was}, and is {config.blur.preset} now (another default?): go on with "
+            f"--set blur.preset={was}, or start a run with --init {path}"
+        )
+    if names and names <= {".".join(each) for each in EXTENDED}:
         raise CheckpointError(
             f"{path}: the configuration differs ({', '.join(differing[:4])}): undo that, go on for more steps with "
             f"--extend, or start a run with --init {path}"
+        )
+    if differing:
+        raise CheckpointError(
+            f"{path}: the configuration differs ({', '.join(differing[:4])}): undo that, or start a run with "
+            f"--init {path}"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.files import files_below
 from data.formats import is_junk
 from train.restore.picture import READABLE, Picture, PictureError, check_target, read_picture, write_picture
 from train.restore.tiles import restore_image
@@ -98,9 +99,9 @@ def _jobs_of(source: Path, target: Path, done: Done) -> Iterator[tuple[Path, Pat
     """(picture, where it goes) of a folder's tree; what was restored into it before is left out."""
     taken: set[Path] = set()
     inside = target.resolve().is_relative_to(source.resolve()) and target.resolve() != source.resolve()
-    for path in sorted(source.rglob("*")):
+    for path in files_below(source):
         name = path.relative_to(source)
-        if not path.is_file() or is_junk(str(name)) or (inside and path.resolve().is_relative_to(target.resolve())):
+        if is_junk(str(name)) or (inside and path.resolve().is_relative_to(target.resolve())):
             continue
         if path.suffix.lower() not in READABLE:
             if path.suffix.lower() in OTHER_PICTURES:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from data.blur import TIERS
+from data.stream.crops import PAIRS_VERSION, margin_of
 from data.stream.loader import PairLoader, check_bad
 from data.stream.validation import validation_count, validation_pairs
 from model.deblurrer import Deblurrer
@@ -233,9 +234,17 @@ class Session:
             log.info("extended: learning rate %.2e here by the old schedule, %.2e by that of all the steps", was, now)
         if (packages := check_computed_alike(checkpoint, self.task.teacher_digest, versions())) is not None:
             log.warning("computed by other versions from here on: %s", packages)
+        if read_state(checkpoint).pairs_version != PAIRS_VERSION and self._drawn_otherwise():
+            log.warning("crops and blur are drawn by newer rules from here on: not the pairs that the run began with")
         changed = divided_anew(checkpoint, config, engine.world)
         if changed is not None:
             log.info("its state was divided anew: %s; a step stays %d pairs", changed, config.train.batch)
+
+    def _drawn_otherwise(self) -> bool:
+        """Whether the rules of version 1 would have drawn other pairs of this run's sets."""
+        data, sets = self.config.data, [*self.train_sets, *([self.val_set] if self.val_set is not None else [])]
+        moved = any(margin_of(shards, self.config.blur, data.margin) != data.margin for shards in sets)
+        return moved or len(self.train_sets) > 1
 
     def _open_records(self, opened: contextlib.ExitStack, far: FarFolder | None) -> None:
         """What rank 0 writes: copies of checkpoints, metrics, TensorBoard, the bar."""
@@ -362,6 +371,7 @@ class Session:
             cache_fingerprint=self._cache_fingerprint,
             teacher_digest=self.task.teacher_digest,
             versions=versions(),
+            pairs_version=PAIRS_VERSION,
         )
         if self.engine.main:
             self.folder.sync_metrics()

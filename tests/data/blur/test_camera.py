@@ -88,3 +88,9 @@ def test_every_phone_picture_is_a_jpeg_and_its_facts_are_in_the_meta():
     assert meta["jpeg_quality"] == 80
     assert 0.2 <= meta["sharpen"] <= 1.2
     assert 0 <= meta["denoise"] <= 2
+
+
+def test_a_raster_of_lamps_is_no_error():
+    photo = np.zeros((600, 600, 3), np.uint8)
+    photo[::2, ::2] = 255
+    assert camera.spots(photo).max() == 1

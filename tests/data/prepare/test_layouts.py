@@ -284,3 +284,23 @@ def test_keys_of_long_paths_keep_the_picture_s_number():
 def test_what_systems_leave_behind_is_no_photograph(tmp_path):
     touch(tmp_path, "a.png", "._a.png", "sub/._b.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "sub/b.png")
     assert [pair.sharp.name for pair in list_dataset("folder", tmp_path)] == ["a.png", "b.png"]
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    touch(tmp_path / "elsewhere", "x.png")
+    touch(tmp_path / "photos", "a.png")
+    (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "round").symlink_to(tmp_path / "photos")
+    assert [pair.sharp.name for pair in list_dataset("folder", tmp_path / "photos")] == ["a.png", "x.png"]
+
+
+def test_a_list_s_paths_lie_below_the_root_whatever_their_form(tmp_path):
+    touch(tmp_path / "root", "gt/1.png", "in/1.png")
+    touch(tmp_path, "out.png")
+    for text in ("gt/1.png,in/1.png", f"{tmp_path}/root/gt/1.png in/1.png", "\ufeffgt/1.png in/1.png"):
+        (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+        (pair,) = pairs_of_list(tmp_path / "list.txt", tmp_path / "root")
+        assert pair.sharp == tmp_path / "root" / "gt" / "1.png"
+    (tmp_path / "list.txt").write_text("../out.png in/1.png")
+    with pytest.raises(DataError, match=r"list\.txt:1: \.\./out\.png lies outside"):
+        pairs_of_list(tmp_path / "list.txt", tmp_path / "root")

@@ -108,7 +108,7 @@ def test_blurry_pictures_alone_are_refused(tmp_path):
 def test_a_name_that_holds_such_a_word_is_asked_for_or_a_photograph(tmp_path):
     names = ["motion_blur.png", "blur-of-lights.png", "sharp/one.png", "a_sharp.png", "two.png"]
     members = [(name, png(number)) for number, name in enumerate(names)]
-    with pytest.raises(DataError, match="2 samples .*motion_blur.png: a blurry picture without"):
+    with pytest.raises(DataError, match=r"2 samples .*motion_blur\.png: a blurry picture without"):
         indexed(tmp_path / "set", members)
     shards = indexed(tmp_path / "set", members, naming=Naming(given_roles("blur=none")))
     assert keys_of(shards) == ["motion_blur", "blur-of-lights", "sharp/one", "a_sharp", "two"]

@@ -51,8 +51,12 @@ def test_a_finished_run_goes_on_longer_and_says_what_its_schedule_does(runs, unb
     losses = runs.losses("longer")
     assert list(losses) == list(range(1, 16))
     assert {n: losses[n] for n in range(1, 13)} == runs.losses(unbroken)
-    _, error = runs.run("longer", "--resume", "auto", "--extend", "15", status=1, **LONG)
-    assert "the run is at step 15: give more" in error
+    out, _ = runs.run("longer", "--resume", "auto", "--extend", "15", **LONG)  # as a job that is queued again does
+    assert "is finished: nothing to do" in " ".join(out.split())
+    _, error = runs.run("longer", "--resume", "auto", "--extend", "13", status=1, **LONG)
+    assert "the run has 15 steps already: give more" in error
+    _, error = runs.run("longer", "--resume", "auto", "--extend", "16", status=1, blur__preset="severe", **LONG)
+    assert "go on with --set blur.preset=camera" in error
     _, error = runs.run("longer", "--extend", "15", status=1, **LONG)
     assert "--extend goes on with a run" in error
     _, error = runs.run("longer", "--resume", "auto", status=1, optim__lr=1e-3, **LONG)
