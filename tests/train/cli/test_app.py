@@ -57,7 +57,7 @@ def test_a_folder_with_a_bad_picture_restores_the_rest_and_fails(runs, unbroken,
     status, text, error = sharpprior("restore", runs.folder(unbroken), folder, "-o", tmp_path / "out")
     assert status == 1
     assert "torn.jpg" in text
-    assert "1 pictures" in error
+    assert "1 restored, 0 there already, 1 failed" in error
     assert (tmp_path / "out" / "good.png").is_file()
 
 
