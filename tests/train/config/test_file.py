@@ -51,6 +51,7 @@ def test_a_file_extends_another_and_overrides_win(tmp_path):
         ("train:\n  steps: 5\n  distill_steps: 6\n", [], ["a.yaml:1", "distill_steps 6 exceeds steps 5"]),
         ("train:\n  steps: 5\n  steps: 6\n", [], ["a.yaml:3", "given twice"]),
         ("", ["optim.lrr=3"], ["--set optim.lrr=3", "did you mean lr?"]),
+        ("", ["model.student={name: light, weights: a.pth}"], ["light has no weights to read", "leave weights out"]),
         ("", ["optim.lr"], ["--set optim.lr", "key.sub=value"]),
         ("", ["optim.lr=-1"], ["--set optim.lr=-1", "greater than 0"]),
         ("", ["optim.lr=.nan"], ["optim.lr"]),
