@@ -93,7 +93,7 @@ def check_digest(file: Path) -> None:
         if length > file.stat().st_size:
             return  # safetensors says it better
         header = length.to_bytes(8, "little") + stream.read(length)
-        found = re.search(rb'"%s":"([0-9a-f]{32})"' % DIGEST_KEY.encode(), header)
+        found = re.search(rb'"%s":"(.{32})"' % DIGEST_KEY.encode(), header)
         if found is None:
             return
         digest = _hash(header[: found.start(1)] + _NO_DIGEST.encode() + header[found.end(1) :])

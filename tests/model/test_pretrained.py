@@ -109,13 +109,11 @@ def test_no_flipped_bit_of_a_model_goes_unnoticed(tmp_path):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << (bit % 8)
         file.write_bytes(flipped)
-        try:
-            found = load_state(file)
-        except ValueError as error:
-            assert "damaged" in str(error)
+        if b'"blake2b"' in flipped:
+            with pytest.raises(ValueError, match="damaged"):
+                load_state(file)
         else:  # a bit in the digest's own name: the file counts as one without
-            assert all(torch.equal(found[name], meant[name]) for name in meant)
-            assert b'"blake2b"' not in flipped
+            assert all(torch.equal(value, meant[name]) for name, value in load_state(file).items())
     save_file({"w": torch.ones(2)}, file)  # another program's, without a digest
     assert torch.equal(load_state(file)["w"], torch.ones(2))
 
