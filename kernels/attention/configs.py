@@ -1,7 +1,9 @@
 """Launch configurations of semantic attention, keyed by width, dtype and architecture: never by H·W or batch.
 
 Tiles and warps were chosen from ahead-of-time compilation (no spill, shared memory within every target's budget,
-registers that leave two blocks a multiprocessor where the sums allow it), not yet from timings: see README.md.
+registers that leave two blocks a multiprocessor where the sums allow it), not yet from timings: see README.md. One rule
+is from a GPU (H200, Triton 3.6): with tiles of 16 and 32 px the 2-byte gram and gradient kernels gave wrong gradients,
+raced or died on Hopper, and at 64 px and more were right in every case tried, and faster; so they have 64 there.
 """
 
 import torch
@@ -13,15 +15,15 @@ TILED = ("apply", "reduce", "feature_gradient", "prior_gradient")
 # (kernel, bytes an element) → {widest padded channel count: (BLOCK_N, warps)}. Where a fused kernel has no row for a
 # width, the wide route takes over: Grams by the vendor's GEMM, gradients by tiles.
 GENERAL = {
-    ("gram", 2): {64: (64, 8), 128: (32, 8)},
+    ("gram", 2): {64: (64, 8), 128: (64, 8)},
     ("gram", 4): {64: (16, 8)},
     ("normalise", 2): {256: (64, 8), 512: (32, 8)},
     ("normalise", 4): {256: (32, 8), 512: (16, 8)},
     ("apply", 2): {64: (64, 4), 512: (64, 8)},
     ("apply", 4): {512: (16, 8)},
-    ("reduce", 2): {64: (64, 8), 512: (32, 8)},
+    ("reduce", 2): {64: (64, 8), 512: (64, 8)},
     ("reduce", 4): {512: (16, 8)},
-    ("gradient", 2): {64: (64, 8), 128: (32, 8)},
+    ("gradient", 2): {64: (64, 8), 128: (64, 8)},
     ("gradient", 4): {},
     ("feature_gradient", 2): {512: (64, 8)},
     ("feature_gradient", 4): {512: (16, 8)},
