@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,13 +35,22 @@ DRIFT = {"fp32": 0.01, "bf16": 0.05}
 class CachedTargets:
     """t_l of training batches through a cache. `attach` is what the loader's workers call.
 
-    teacher: frozen, with `channels`, `strides`, `precision` and `fingerprint()`. rank names this process's files.
+    teacher: frozen, with `channels`, `strides`, `precision` and `fingerprint()`. rank names this process's files;
+    over_ranks sums numbers over the ranks.
     Counters: `hits`, `computed` (crops), `corrupt` (records met), `read_s`, `read_bytes`; `teacher_ms` a crop, None
     until measured; `share` of the last batch's crops that were read.
     Raises DataError for a cache folder that says it is another's.
     """
 
-    def __init__(self, teacher: nn.Module, config: Config, device: torch.device, rank: int) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        config: Config,
+        device: torch.device,
+        rank: int,
+        over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+    ) -> None:
+        self._over_ranks = over_ranks
         self.teacher, self.settings, self.device, self.rank = teacher, config.features, device, rank
         self.hits = self.computed = self.corrupt = self.drifted = 0
         self.read_s, self.read_bytes, self.share = 0.0, 0, 0.0
@@ -142,10 +151,12 @@ class CachedTargets:
             return
         self.deciding = False
         read_ms, rate = self.cache.probe(self._keys)
+        # One decision for all: every rank comes here in the same step, as no crop is read before it.
+        all_read_ms, all_teacher_ms = self._over_ranks(torch.tensor([read_ms, self.teacher_ms])).tolist()
         numbers = f"reading a crop takes {read_ms:.2f} ms ({rate:.0f} MB/s), computing it {self.teacher_ms:.2f} ms"
         if not math.isfinite(read_ms):
             numbers = f"nothing could be read back ({self.writer.stopped or 'the writes were dropped'})"
-        if read_ms < self.teacher_ms:
+        if all_read_ms < all_teacher_ms:
             log.info("feature cache: kept: %s", numbers)
         else:
             self._turn_off()

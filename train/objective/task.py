@@ -50,10 +50,10 @@ class DeblurTask:
         self.features.calibrate(self.teacher(sharp) for _, sharp in pairs)
         module.calibrate(self.features.statistics, (blurry for blurry, _ in pairs))
 
-    def open_targets(self, rank: int) -> None:
+    def open_targets(self, rank: int, over_ranks: Callable[[Tensor], Tensor] = lambda values: values) -> None:
         """Have the training batches' features come through the node's cache, where the configuration wants one."""
         if self.teacher is not None and self.config.features.cache != "off":
-            self.targets = CachedTargets(self.teacher, self.config, self.device, rank)
+            self.targets = CachedTargets(self.teacher, self.config, self.device, rank, over_ranks)
 
     @cached_property
     def teacher_digest(self) -> str | None:

@@ -264,7 +264,7 @@ class Session:
         """The training stream from where the run stands to its end."""
         config, engine = self.config, self.engine
         with engine.agreed():
-            self.task.open_targets(engine.rank)
+            self.task.open_targets(engine.rank, engine.sum)
         stream = pair_loader(
             config,
             self.train_sets,

@@ -155,6 +155,20 @@ def test_auto_keeps_the_cache_for_a_slow_teacher(tmp_path, photographs, said):
     assert "MB/s" in line
 
 
+def test_auto_decides_by_what_all_ranks_measured(tmp_path, photographs, said):
+    """This rank alone would keep the cache: another one reads so slowly that together they do not."""
+    features = CachedTargets(
+        Teacher(slow=0.05),
+        configured(tmp_path, cache="auto"),
+        torch.device("cpu"),
+        0,
+        over_ranks=lambda values: values + torch.tensor([1000.0, 50.0]),
+    )
+    targets(features, batches(photographs, features.attach, count=16))
+    assert not features.active
+    assert any("turned off, it does not pay" in record.getMessage() for record in said.records)
+
+
 def test_auto_drops_the_cache_where_reading_takes_longer(tmp_path, photographs, said, monkeypatch):
     features = opened(tmp_path, cache="auto")
     monkeypatch.setattr(features.cache, "probe", lambda keys: (1e3, 1.0))
