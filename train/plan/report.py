@@ -161,9 +161,14 @@ def _print_loader(console: Console, config: Config, cluster: Cluster, stage: Sta
     )
     groups = config.data.canonical_groups
     if cluster.nodes > 1 and groups % cluster.nodes:
+        more = min(map(len, sets)) >= cluster.nodes  # a group holds a photograph at least
         console.print(
-            f"data.canonical_groups is {groups}: every node reads all {samples} photographs and caches them on its "
-            f"own; with a multiple of {cluster.nodes} each reads its own part. It is part of the order: choose it once."
+            f"data.canonical_groups is {groups}: every node reads all {samples} photographs and caches them on its own"
+            + (
+                f"; with a multiple of {cluster.nodes} each reads its own part. It is part of the order: choose it once."
+                if more
+                else f"; they are too few to be divided among {cluster.nodes} nodes."
+            )
         )
     if config.model.prior and config.features.cache != "off":
         nodes = cluster.nodes if groups % cluster.nodes == 0 else 1
