@@ -165,7 +165,7 @@ def _print_loader(console: Console, config: Config, cluster: Cluster, stage: Sta
         console.print(
             f"data.canonical_groups is {groups}: every node reads all {samples} photographs and caches them on its own"
             + (
-                f"; with a multiple of {cluster.nodes} each reads its own part. It is part of the order: choose it once."
+                f"; with a multiple of {cluster.nodes} each reads its part. It is part of the order: choose it once."
                 if more
                 else f"; they are too few to be divided among {cluster.nodes} nodes."
             )
