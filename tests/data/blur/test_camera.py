@@ -6,15 +6,7 @@ import pytest
 from data.blur import BlurConfig, sample_rng, synthesize_pair
 from data.blur import photometry as camera
 from data.blur.isp import develop, sharpen
-
-QUIET = {
-    "curves": {"srgb": 1},
-    "highlight_boost": [0, 0],
-    "noise": {"shot": 0, "read": 0},
-    "jpeg": {"probability": 0},
-    "trails": {"share": 0},
-    "isp": {"share": 0},
-}
+from tests.data.blur.test_pair import QUIET
 
 
 def night(gain: list[float] | None, size: int = 2) -> np.ndarray:

@@ -295,12 +295,13 @@ def test_linked_folders_are_followed_once(tmp_path):
 
 
 def test_a_list_s_paths_lie_below_the_root_whatever_their_form(tmp_path):
-    touch(tmp_path / "root", "gt/1.png", "in/1.png")
+    base = tmp_path / "base"
+    touch(base, "gt/1.png", "in/1.png")
     touch(tmp_path, "out.png")
-    for text in ("gt/1.png,in/1.png", f"{tmp_path}/root/gt/1.png in/1.png", "\ufeffgt/1.png in/1.png"):
+    for text in ("gt/1.png,in/1.png", f"{base}/gt/1.png in/1.png", "\ufeffgt/1.png in/1.png"):
         (tmp_path / "list.txt").write_text(text, encoding="utf-8")
-        (pair,) = pairs_of_list(tmp_path / "list.txt", tmp_path / "root")
-        assert pair.sharp == tmp_path / "root" / "gt" / "1.png"
+        (pair,) = pairs_of_list(tmp_path / "list.txt", base)
+        assert pair.sharp == base / "gt" / "1.png"
     (tmp_path / "list.txt").write_text("../out.png in/1.png")
     with pytest.raises(DataError, match=r"list\.txt:1: \.\./out\.png lies outside"):
-        pairs_of_list(tmp_path / "list.txt", tmp_path / "root")
+        pairs_of_list(tmp_path / "list.txt", base)

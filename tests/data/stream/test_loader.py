@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -23,8 +22,7 @@ from data.shards.write import ShardWriter
 from data.stream.batch import Batch
 from data.stream.config import StreamConfig
 from data.stream.crops import margin_of
-from data.stream.loader import check_bad
-from data.stream.validation import validation_count, validation_pairs
+from data.stream.validation import validation_pairs
 from data.workers import init_worker
 from tests.data.pictures import picture
 from tests.data.streams import loader
@@ -228,84 +226,6 @@ def test_waiting_and_pairs_are_counted(make_set):
 # -- bad data ---------------------------------------------------------------------------------------------------------
 
 
-def damage(root: Path, number: int) -> str:
-    """Flip one byte of a sample's image; returns its key."""
-    shards = ShardSet(root)
-    shard, row = shards.locate(number)
-    offset, size, _ = (int(value) for value in shards.shards[shard].members[shards.image_member(number)][row])
-    with open(root / shards.shards[shard].name, "r+b") as file:
-        file.seek(offset + size // 2)
-        byte = file.read(1)
-        file.seek(offset + size // 2)
-        file.write(bytes([byte[0] ^ 0x10]))
-    return shards.shards[shard].keys[row]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_sample_is_one_clear_line_naming_shard_and_sample(make_set, workers):
-    root = make_set([3, 2])
-    key, before = damage(root, 1), children()
-    with pytest.raises(DataError, match=rf"s_00000\.tar: sample {key}") as caught:
-        list(loader(root, workers=workers))
-    assert "\n" not in str(caught.value)
-    assert "Traceback" not in str(caught.value)
-    if workers and Path("/proc").is_dir():  # stopped at once, though `caught` still holds the loader's frames
-        assert wait_until(lambda: children() - before == set())
-
-
-@pytest.mark.parametrize("kind", ["sharp", "pairs"])
-def test_bad_samples_below_the_limit_are_replaced_reported_and_the_same_everywhere(make_set, caplog, kind):
-    root = make_set([5, 5], kind=kind)
-    key = damage(root, 7)
-    stream = loader(root, batches=5, max_bad_fraction=0.2)
-    batches = list(stream)
-    assert all(len(batch["key"]) == 4 for batch in batches)
-    assert all(key not in batch["key"] for batch in batches)
-    assert stream.bad == {f"{root}/s_00001.tar": {key}}
-    assert caplog.text.count("bad sample replaced") == 1
-    assert key in caplog.text
-    if kind == "pairs":
-        assert all(torch.equal(batch["blurry"], 255 - batch["sharp"]) for batch in batches)
-    options = {"batches": 5, "max_bad_fraction": 0.5, "world": 2, "workers": 1}
-    assert_same(merged([list(loader(root, rank=rank, **options)) for rank in range(2)]), batches)
-
-
-def test_bad_samples_above_the_limit_stop_the_run_with_counts(make_set):
-    root = make_set([5, 5])
-    for number in (1, 7, 8):
-        damage(root, number)
-    with pytest.raises(DataError, match=r"3 bad samples exceed max_bad_fraction 0\.2.*s_00001\.tar: "):
-        list(loader(root, batches=5, max_bad_fraction=0.2))
-
-
-def test_bad_samples_that_ranks_found_apart_are_counted_together(make_set):
-    shards = ShardSet(make_set([3, 2]))
-    ranks = [{(0, 1)}, {(0, 4), (0, 1)}]
-    for found in ranks:
-        check_bad(found, [shards], 0.4)
-    with pytest.raises(DataError, match=r"3 bad samples exceed .*s_00000.tar: 2, .*s_00001.tar: 1\); found by all"):
-        check_bad(ranks[0] | ranks[1] | {(0, 0)}, [shards], 0.4)
-
-
-def test_torn_and_missing_shards_stop_the_run_or_count_as_bad(make_set):
-    root = make_set([8, 1, 1])
-    os.truncate(root / "s_00001.tar", 600)
-    (root / "s_00002.tar").unlink()
-    with pytest.raises(DataError, match="torn shard"):
-        loader(root)
-    stream = loader(root, batches=5, max_bad_fraction=0.25)
-    assert sum(len(batch["key"]) for batch in stream) == 20
-    assert {Path(name).name: len(keys) for name, keys in stream.bad.items()} == {"s_00001.tar": 1, "s_00002.tar": 1}
-
-
-def test_a_set_that_is_all_bad_ends_with_an_error(make_set):
-    root = make_set([2])
-    for number in range(2):
-        damage(root, number)
-    with pytest.raises(DataError, match="bad"):
-        list(loader(root, max_bad_fraction=0.99))
-
-
 def test_photographs_smaller_than_the_crop_are_refused_at_once(make_set):
     with pytest.raises(DataError, match=r"sample s000 of 64×64 px is smaller than the crop of 65 px \(5 of 5 are\)"):
         loader(make_set([3, 2]), crop=65)
@@ -469,45 +389,6 @@ def test_workers_end_when_their_main_process_is_killed(make_set):
 
 
 # -- validation -------------------------------------------------------------------------------------------------------
-
-
-def validated(root: Path, **options) -> Iterator[dict]:
-    return validation_pairs(ShardSet(root), BLUR, **{"crop": 32, "margin": 8, "seed": 0} | options)
-
-
-def test_validation_list_is_fixed_and_divides_over_ranks(make_set):
-    root = make_set([3])
-    whole = list(validated(root))
-    assert len(whole) == validation_count(ShardSet(root)) == 3 * len(TIERS)
-    assert [pair["tier"] for pair in whole[: len(TIERS)]] == list(TIERS)
-    assert [pair["number"] for pair in whole] == list(range(15))
-    parts = [list(validated(root, rank=rank, world=4)) for rank in range(4)]
-    for number, pair in enumerate(whole):
-        other = parts[number % 4][number // 4]
-        assert other["key"] == pair["key"]
-        assert torch.equal(other["blurry"], pair["blurry"])
-        assert torch.equal(other["sharp"], pair["sharp"])
-
-
-def test_validation_of_some_tiers_leaves_their_pairs_as_they_are(make_set):
-    root = make_set([2])
-    whole = {(p["key"], p["tier"]): p["blurry"] for p in validated(root)}
-    for pair in validated(root, tiers=["severe"]):
-        assert torch.equal(pair["blurry"], whole[pair["key"], "severe"])
-
-
-def test_validation_of_recorded_pairs_has_one_tier(make_set):
-    pairs = list(validated(make_set([3], kind="pairs")))
-    assert [pair["tier"] for pair in pairs] == ["paired"] * 3
-    assert all(pair["kernel"] is None for pair in pairs)
-
-
-def test_bundled_photographs_stream_and_validate():
-    batch = next(iter(loader(SAMPLES / "train", crop=128, batches=1)))
-    assert batch["sharp"].float().std() > 10
-    pairs = list(validated(SAMPLES / "val", crop=128, tiers=["severe"]))
-    assert len(pairs) == 13
-    assert np.median([pair["input_psnr"] for pair in pairs]) < 30
 
 
 def test_a_worker_leaves_the_threads_to_the_others(monkeypatch):
