@@ -407,7 +407,8 @@ class Session:
         self._end_bar()
         beat("finish")
         if self.val_set is None:
-            self.checkpoints.forget_replaced() if self.engine.main else None
+            if self.engine.main:
+                self.checkpoints.forget_replaced()
             if self.records is not None:
                 self.records.curve()
             return
