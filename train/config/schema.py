@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -127,6 +128,15 @@ class OptimSection(Section):
     """The cosine ends at `final_lr`·`lr`."""
 
 
+class PatchSection(Section):
+    at: int = Field(ge=1)
+    """0-based step from which on these hold."""
+    crop: int = Field(ge=32)
+    """Side of a training crop, px."""
+    batch: int | None = Field(default=None, ge=1)
+    """Global batch; None: train.batch."""
+
+
 class TrainSection(Section):
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps of the whole run."""
@@ -136,6 +146,9 @@ class TrainSection(Section):
     """Global batch: pairs per optimizer step over all ranks and accumulation steps."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step and rank."""
+    progressive: list[PatchSection] = Field(default_factory=list)
+    """Progressive patches: later crops and batches as a list of {at, crop, batch}; data.crop and train.batch are the
+    first ones. The stream goes on at the next pair, and a run resumes exactly on either side of a change."""
     ema: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the fp32 average of the weights; evaluation and restoration use it; 0 keeps the weights."""
     log_every: int = Field(default=1, ge=1)
@@ -150,6 +163,12 @@ class TrainSection(Section):
             raise ValueError(f"distill_steps {self.distill_steps} exceeds steps {self.steps}")
         if self.batch % self.accumulation:
             raise ValueError(f"accumulation {self.accumulation} does not divide batch {self.batch}")
+        steps = [each.at for each in self.progressive]
+        if any(b <= a for a, b in pairwise(steps)):
+            raise ValueError(f"progressive: the steps {steps} must rise: each entry holds from its `at` on")
+        for each in self.progressive:
+            if each.batch and each.batch % self.accumulation:
+                raise ValueError(f"accumulation {self.accumulation} does not divide batch {each.batch} of progressive")
         return self
 
 
@@ -263,16 +282,24 @@ class Config(Section):
             raise ValueError(
                 "loss.match same_level compares levels without fusion: set model.student.fusion to same_level too"
             )
+        if self.train.progressive and self.features.cache != "off":
+            raise ValueError(
+                "features.cache keeps features of one plan of crops, but train.progressive changes their size: set "
+                "features.cache to off"
+            )
         if loss.cfl_final is not None and self.train.distill_steps == self.train.steps:
             raise ValueError("loss.cfl_final changes λ over the deblur steps, but all steps distill: leave it out")
         return self
 
     def micro_batch(self, world: int) -> int:
-        """Pairs per rank and micro-batch. ValueError if `world` ranks and the accumulation do not divide the batch."""
+        """Pairs per rank and micro-batch, at first. ValueError if `world` ranks and the accumulation do not divide the
+        batch, or a later one of train.progressive."""
         parts = world * self.train.accumulation
-        if self.train.batch % parts:
-            raise ValueError(
-                f"train.batch {self.train.batch} is not divisible by {world} ranks × {self.train.accumulation} "
-                "accumulation steps: choose a multiple"
-            )
+        later = [("train.progressive: batch", each.batch) for each in self.train.progressive if each.batch]
+        for name, batch in [("train.batch", self.train.batch), *later]:
+            if batch % parts:
+                raise ValueError(
+                    f"{name} {batch} is not divisible by {world} ranks × {self.train.accumulation} "
+                    "accumulation steps: choose a multiple"
+                )
         return self.train.batch // parts

@@ -16,6 +16,7 @@ from data.stream.validation import validation_count
 from model.encoder import EncoderSpec, build_encoder
 from model.summary import summarize
 from train.config.networks import build_model
+from train.config.patches import check_crops_fit, dearest, in_phase, pairs_before, phases
 from train.config.schema import Config
 from train.config.sources import data_sources, open_sets, pair_loader
 from train.engine.launch import world_size
@@ -36,8 +37,7 @@ def dry_run(config: Config, ranks: int | None) -> None:
     micro = config.micro_batch(world)
     deepspeed_settings(config, world)
     sets, val_set = open_sets(config)
-    for shards in sets:
-        check_crop_fits(shards, config.data.crop)
+    check_crops_fit(config, sets)
     if val_set is not None:
         check_crop_fits(val_set, config.eval.crop, "eval.crop")
     _read_weights(config)
@@ -46,7 +46,8 @@ def dry_run(config: Config, ranks: int | None) -> None:
     size = (config.data.crop, config.data.crop)
     counts = summarize(network, size)
     _print_model(console, config, counts)
-    _print_memory(console, config, network, world, micro)
+    most = in_phase(config, dearest(config))
+    _print_memory(console, most, network, world, most.micro_batch(world))
     _print_run(console, config, world, micro, sets, val_set)
     _print_plan(console, config, sets, world)
 
@@ -82,7 +83,7 @@ def _print_run(
     console: Console, config: Config, world: int, micro: int, sets: list[ShardSet], val_set: ShardSet | None
 ) -> None:
     train, val = data_sources(config)
-    batch, steps = config.train.batch, config.train.steps
+    steps, pairs = config.train.steps, pairs_before(config, config.train.steps)
     folder = config.run.folder
     state = "exists: needs --resume auto or another run.name" if folder.exists() else "will be created"
     if not folder.exists() and not os.access(_existing_parent(folder), os.W_OK):
@@ -92,10 +93,12 @@ def _print_run(
     if val_set is not None:
         console.print(f"validation data: {val}, {len(val_set)} samples")
     console.print(
-        f"steps: {steps} ({config.train.distill_steps} distill), {batch} pairs each = {world} ranks × "
-        f"{config.train.accumulation} accumulation × {micro}; {steps * batch:,} pairs, "
-        f"{steps * batch / sum(map(len, sets)):.1f} epochs"
+        f"steps: {steps} ({config.train.distill_steps} distill), {config.train.batch} pairs each = {world} ranks × "
+        f"{config.train.accumulation} accumulation × {micro}; {pairs:,} pairs, "
+        f"{pairs / sum(map(len, sets)):.1f} epochs"
     )
+    for phase in phases(config)[1:]:
+        console.print(f"from step {phase.first}: {phase.batch} pairs each, crops of {phase.crop} px")
     pairs = validation_count(val_set, TIERS, config.eval.per_tier) if val_set is not None else 0
     scored = f"an evaluation: {pairs} pairs of {config.eval.crop} px" if pairs else "no validation: eval is off"
     console.print(f"{scored}; run folder: {folder} ({state})")

@@ -11,6 +11,7 @@ from data.shards.set import ShardSet
 from model.encoder import build_encoder, teacher_specs
 from model.summary import summarize
 from train.config.networks import build_model
+from train.config.patches import dearest, in_phase, pairs_before
 from train.config.schema import Config
 from train.config.sources import open_sets
 from train.objective.task import check_loss
@@ -74,6 +75,14 @@ def print_plan(config: Config, cluster: Cluster, console: Console) -> None:
     """Print the plan of a configuration on a cluster."""
     check_loss(config)
     config = _divisible(config, cluster, console)
+    pairs = pairs_before(config, config.train.steps)
+    if config.train.progressive:
+        phase = dearest(config)
+        config = in_phase(config, phase)
+        console.print(
+            f"Progressive patches: planned for the dearest steps, {phase.first} to {phase.last}, of {phase.batch} "
+            f"pairs with crops of {phase.crop} px; hours of all steps are at most those said."
+        )
     stages = stages_of(config, cluster)
     chosen = next((stage for stage in stages if stage.zero == config.engine.zero), stages[0])
     micro = config.micro_batch(cluster.world)
@@ -84,7 +93,7 @@ def print_plan(config: Config, cluster: Cluster, console: Console) -> None:
     _print_stages(console, cluster, stages, config.engine.zero)
     _print_advice(console, cluster, stages, config)
     sets, _ = open_sets(config)
-    _print_loader(console, config, cluster, chosen, sets)
+    _print_loader(console, config, cluster, chosen, sets, pairs)
     _print_checkpoint(console, config, cluster, chosen)
     if config.engine.offload != "none" or config.engine.offload_parameters != "none":
         console.print("Offloading: traffic to host memory and the update on the CPU are not in the step's time.")
@@ -144,9 +153,11 @@ def _print_advice(console: Console, cluster: Cluster, stages: list[Stage], confi
     )
 
 
-def _print_loader(console: Console, config: Config, cluster: Cluster, stage: Stage, sets: list[ShardSet]) -> None:
+def _print_loader(
+    console: Console, config: Config, cluster: Cluster, stage: Stage, sets: list[ShardSet], pairs: int
+) -> None:
     samples = sum(map(len, sets))
-    turns = config.train.steps * config.train.batch / samples
+    turns = pairs / samples
     if turns > MANY_TURNS:
         console.print(
             f"{config.train.steps:,} steps of {config.train.batch} pairs see each of the {samples} photographs "

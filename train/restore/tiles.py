@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from train.config.patches import largest_crop
 from train.config.schema import Config
 from train.log import log
 
@@ -17,7 +18,7 @@ SMALLEST_TILE = 64
 
 def default_tile(config: Config) -> int:
     """Side of a tile in px: 1.5 times the training crop, a multiple of 32."""
-    return max(SMALLEST_TILE, math.ceil(TILE_FACTOR * config.data.crop / 32) * 32)
+    return max(SMALLEST_TILE, math.ceil(TILE_FACTOR * largest_crop(config) / 32) * 32)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from train.config.patches import pairs_before, phases
 from train.config.schema import Config
 from train.engine.engine import Engine
 from train.engine.zero import trainable
@@ -23,7 +24,9 @@ def run_facts(
         "model": f"{config.model.backbone['name']} with "
         + (f"the prior of {config.model.teacher_names}" if config.model.prior else "no prior")
         + f", {trainable(engine.module):,} trained parameters",
-        "steps": f"{config.train.steps} of {config.train.batch} pairs, {config.data.crop} px crops"
+        "steps": "; then ".join(
+            f"{each.last - each.first} of {each.batch} pairs, {each.crop} px crops" for each in phases(config)
+        )
         + (f"; the first {config.train.distill_steps} distill" if config.train.distill_steps else ""),
         "seconds in steps": f"{_seconds(records):.0f}",
         "share of a step": "; ".join(f"{name} {share:.0%}" for name, share in mean_shares(records).items())
@@ -37,7 +40,7 @@ def run_facts(
 
 def run_notes(config: Config, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines below the scores of a run that saw few pairs."""
-    pairs = config.train.steps * config.train.batch
+    pairs = pairs_before(config, config.train.steps)
     if pairs >= MANY_PAIRS:
         return []
     return [

@@ -34,6 +34,7 @@ from train.checkpoint.saved import model_folder
 from train.config.file import load_config
 from train.config.identity import config_digest, git_commit, versions
 from train.config.networks import build_model
+from train.config.patches import check_crops_fit, in_phase, pairs_before, phase_at, phases
 from train.config.schema import Config
 from train.config.sources import data_sources, digest_of, open_sets, pair_loader, with_resolved_data
 from train.engine.average import Ema
@@ -79,7 +80,7 @@ class Session:
         self.engine, self.stopping, self._extend = engine, stop, extend
         self.copier: Copier | None = None
         self.records: Records | None = None
-        self._stream: PairLoader | None = None
+        self._streams: list[PairLoader] = []
         with contextlib.ExitStack() as opened:  # what is open is closed, the last first, also where opening fails
             opened.push(self._close_copier)  # last of all: the other ranks are let go by then
             self._open_folder(config, resumed=resume is not None)
@@ -146,6 +147,7 @@ class Session:
     def _open_data(self) -> None:
         with self.engine.agreed():
             self.train_sets, self.val_set = open_sets(self.config)
+            check_crops_fit(self.config, self.train_sets)
         train, val = self._sources
         for source, shards in zip(train, self.train_sets, strict=True):
             log.info("training data: %s, %d samples", source, len(shards))
@@ -238,7 +240,8 @@ class Session:
             log.warning("crops and blur are drawn by newer rules from here on: not the pairs that the run began with")
         changed = divided_anew(checkpoint, config, engine.world)
         if changed is not None:
-            log.info("its state was divided anew: %s; a step stays %d pairs", changed, config.train.batch)
+            batch = phase_at(config, self.step).batch
+            log.info("its state was divided anew: %s; a step stays %d pairs", changed, batch)
 
     def _drawn_otherwise(self) -> bool:
         """Whether the rules of version 1 would have drawn other pairs of this run's sets."""
@@ -262,24 +265,34 @@ class Session:
 
     def loader(self) -> Iterator[dict]:
         """The training stream from where the run stands to its end."""
-        config, engine = self.config, self.engine
+        engine = self.engine
         with engine.agreed():
             self.task.open_targets(engine.rank, engine.sum)
-        stream = pair_loader(
-            config,
-            self.train_sets,
-            start=self.step * config.train.batch,
-            batches=config.train.steps - self.step,
-            rank=engine.rank,
-            world=engine.world,
-            pin_memory=engine.device.type == "cuda",
-            device=engine.device,
-            attach=self.task.targets.attach if self.task.targets is not None else None,
-        )
         if self.records is not None:
             self.records.begin_bar()
-        self._stream = stream
-        return iter(stream)
+        return self._batches()
+
+    def _batches(self) -> Iterator[dict]:
+        """Phase after phase, each from a loader of its own: what is made ahead is never of another size."""
+        config, engine = self.config, self.engine
+        for phase in phases(config):
+            if self.step >= phase.last:
+                continue
+            if len(phases(config)) > 1:
+                log.info("step %d: %d pairs a step, crops of %d px", self.step, phase.batch, phase.crop)
+            stream = pair_loader(
+                in_phase(config, phase),
+                self.train_sets,
+                start=pairs_before(config, self.step),
+                batches=phase.last - self.step,
+                rank=engine.rank,
+                world=engine.world,
+                pin_memory=engine.device.type == "cuda",
+                device=engine.device,
+                attach=self.task.targets.attach if self.task.targets is not None else None,
+            )
+            self._streams.append(stream)
+            yield from stream
 
     def record(self, step: int, result: StepResult) -> None:
         """Count, show and write down a step."""
@@ -353,13 +366,14 @@ class Session:
     def save(self, step: int) -> Path:
         """Write a checkpoint of the step just done."""
         beat("save")
-        if (allowed := self.config.data.max_bad_fraction) and self._stream is not None:  # each rank has met its own
-            found = set().union(*self.engine.gather(self._stream.bad_samples))
+        if (allowed := self.config.data.max_bad_fraction) and self._streams:  # each rank has met its own
+            mine = set().union(*(stream.bad_samples for stream in self._streams))
+            found = set().union(*self.engine.gather(mine))
             check_bad(found, self.train_sets, allowed)
         self._share_batch_norm()
         state = RunState(
             step=step,
-            samples_consumed=step * self.config.train.batch,
+            samples_consumed=pairs_before(self.config, step),
             world=self.engine.world,
             zero=self.config.engine.zero,
             seed=self.config.run.seed,
