@@ -24,7 +24,7 @@ def export_model(run: Path, out: Path, *, which: str, dtype: str, overwrite: boo
         raise ValueError(f"--dtype {dtype}: expected {' or '.join(DTYPES)}")
     source = model_folder(run, which)
     target = out.expanduser()
-    _check_target(target, source, overwrite=overwrite)
+    check_target(target, source, overwrite=overwrite)
     state = load_state(source)
     state |= {name: value.to(DTYPES[dtype]) for name, value in state.items() if value.is_floating_point()}
     config = load_config(source)
@@ -34,7 +34,8 @@ def export_model(run: Path, out: Path, *, which: str, dtype: str, overwrite: boo
     return source
 
 
-def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
+def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
+    """ValueError where a model that comes from `source` cannot be written to `target` without harm."""
     single = target.suffix == SINGLE
     if single and target.is_dir():
         raise ValueError(f"{target}: is a folder: give a file name, or a folder without {SINGLE} in its name")

@@ -13,6 +13,7 @@ from train.cli.cache import app as cache_app
 from train.cli.console import say, wide_console
 from train.cli.data import Overwrite
 from train.cli.data import app as data_app
+from train.cli.networks import app as networks_app
 from train.watch.failure import explained
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     help="Restore and evaluate what train/main.py trained, and prepare data for it.",
 )
 app.add_typer(data_app)
+app.add_typer(networks_app)
 app.add_typer(cache_app, name="cache")
 Run = Annotated[Path, typer.Argument(help="Folder of a run, of one of its checkpoints, or of an exported model.")]
 Which = Annotated[str, typer.Option("--checkpoint", help="latest, best, or step-N, where RUN is a run.")]
