@@ -68,7 +68,8 @@ class SpeConfig(_Section):
 
 class ModelConfig(_Section):
     backbone: dict = Field(default_factory=lambda: {"name": "unet"})
-    """`name` from the table of backbones; every other key goes to its constructor."""
+    """`name` of a backbone or a preset of one (`nafnet-32`); every other key goes to its constructor, and before the
+    preset's."""
     prior: bool = True
     """False trains the plain backbone: no teacher, no student, no SPE."""
     levels: int = Field(default=4, ge=1, le=5)

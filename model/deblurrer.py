@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from model.backbones import BACKBONES
+from model.backbones import BACKBONES, PRESETS
 from model.config import ModelConfig, SpeConfig
 from model.encoder import EncoderSpec, build_encoder, level_channels, teacher_specs
 from model.names import choose, unknown_name
@@ -119,8 +119,13 @@ def build_deblurrer(config: ModelConfig, *, seed: int = 0, read_weights: bool = 
 
 
 def build_backbone(name: str, **settings: Any) -> nn.Module:
-    """Build a backbone of the table by name; ValueError naming the nearest for an unknown name or setting."""
-    network = BACKBONES[choose("backbone", name, BACKBONES)]
+    """Build a backbone of the table, or a preset with `settings` before its own, by name.
+
+    ValueError naming the nearest for an unknown name or setting.
+    """
+    if name in PRESETS:
+        return build_backbone(**(PRESETS[name] | settings))
+    network = BACKBONES[choose("backbone", name, (*BACKBONES, *PRESETS))]
     known = inspect.signature(network).parameters
     for key in settings:
         if key not in known:

@@ -9,6 +9,26 @@ A backbone is an nn.Module, made from plain settings that all have defaults, wit
 Nothing in it depends on the batch: no statistics over samples. tests/model/test_backbones.py holds the rows to this.
 """
 
+from model.backbones.fftformer import FFTformer
+from model.backbones.nafnet import NAFNet
+from model.backbones.restormer import Restormer
+from model.backbones.uformer import Uformer
 from model.backbones.unet import UNet
 
-BACKBONES = {"unet": UNet}
+BACKBONES = {
+    "fftformer": FFTformer,
+    "nafnet": NAFNet,
+    "restormer": Restormer,
+    "uformer": Uformer,
+    "unet": UNet,
+}
+
+# Sizes of the papers under names of their own, in the form of a configuration's `model.backbone`; what is set beside
+# the name goes before. Where a paper has one size, it is the class's defaults.
+PRESETS = {
+    "nafnet-32": {"name": "nafnet", "width": 32},
+    "nafnet-64": {"name": "nafnet", "width": 64},
+    "uformer-t": {"name": "uformer", "embed_dim": 16, "depths": [2] * 9},
+    "uformer-s": {"name": "uformer", "embed_dim": 32, "depths": [2] * 9},
+    "uformer-b": {"name": "uformer", "embed_dim": 32, "depths": [1, 2, 8, 8, 2, 8, 8, 2, 1]},
+}
