@@ -21,7 +21,7 @@ def import_(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or a file NAME.safetensors.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the backbone, such as width=48."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the backbone: width=48."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

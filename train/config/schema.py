@@ -126,6 +126,16 @@ class OptimSection(Section):
     """Steps of linear warm-up."""
     final_lr: float = Field(default=0.01, ge=0, le=1)
     """The cosine ends at `final_lr`·`lr`."""
+    hold: int = Field(default=0, ge=0)
+    """Steps at the peak between warm-up and cosine."""
+    halve_every: int | None = Field(default=None, ge=1)
+    """Halve the learning rate every so many steps, instead of the cosine."""
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> OptimSection:
+        if self.halve_every is not None and self.hold:
+            raise ValueError("hold waits for the cosine, which halve_every replaces: set one of them")
+        return self
 
 
 class PatchSection(Section):

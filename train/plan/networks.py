@@ -1,4 +1,4 @@
-"""What every network costs on the machine at hand: parameters, MACs, milliseconds and memory, with and without the prior.
+"""What every network costs on the machine at hand, with and without the prior: parameters, MACs, ms and memory.
 
 Each is measured in a process of its own, so that peaks of memory are its own and a network too large for the machine
 ends nothing but its row.
@@ -43,7 +43,7 @@ class Cost:
 
 def network_names() -> list[str]:
     """Every backbone, under its presets' names where it has any."""
-    preset = {name for name, _ in PRESETS.values()}
+    preset = {settings["name"] for settings in PRESETS.values()}
     return [*(name for name in BACKBONES if name not in preset), *PRESETS]
 
 

@@ -7,20 +7,23 @@ import math
 from train.config.schema import Config
 
 
-def cosine_with_warmup(step: int, steps: int, warmup: int, final: float) -> float:
-    """Factor of the peak learning rate for the 0-based `step` of `steps`: linear from 1/warmup to 1, then half a cosine
-    to `final` at the last step."""
+def cosine_with_warmup(step: int, steps: int, warmup: int, final: float, hold: int = 0) -> float:
+    """Factor of the peak learning rate for the 0-based `step` of `steps`: linear from 1/warmup to 1, `hold` steps at
+    1, then half a cosine to `final` at the last step."""
     if step < warmup:
         return (step + 1) / warmup
-    span = max(1, steps - 1 - warmup)
-    progress = min(1.0, (step - warmup) / span)
+    span = max(1, steps - 1 - warmup - hold)
+    progress = min(1.0, max(0, step - warmup - hold) / span)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def learning_rates(step: int, config: Config) -> tuple[float, float]:
     """(restorer, prior) learning rates of a step. The restorer rests while the student distills, then warms up too."""
-    factor = cosine_with_warmup(step, config.train.steps, config.optim.warmup, config.optim.final_lr)
-    lr = config.optim.lr * factor
+    optim = config.optim
+    factor = cosine_with_warmup(step, config.train.steps, optim.warmup, optim.final_lr, optim.hold)
+    if optim.halve_every is not None:
+        factor = min(1.0, (step + 1) / max(1, optim.warmup)) * 0.5 ** (step // optim.halve_every)
+    lr = optim.lr * factor
     trained = step - config.train.distill_steps + 1  # steps of the restorer, this one counted
     ramp = (
         min(1.0, max(0, trained) / config.optim.warmup) if config.optim.warmup and config.train.distill_steps else 1.0
