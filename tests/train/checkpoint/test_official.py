@@ -84,7 +84,7 @@ def test_a_hostile_file_runs_nothing(network, tmp_path):
     for name, save in (("zip", torch.save), ("pickle", lambda thing, path: path.write_bytes(pickle.dumps(thing)))):
         path = tmp_path / f"{name}.pth"
         save({"state_dict": network.state_dict(), "extra": _Hostile()}, path)
-        with pytest.raises(ValueError, match="may run code|damaged or no checkpoint"):
+        with pytest.raises(ValueError, match=r"may run code|damaged or no checkpoint"):
             import_official(path, "nafnet", SMALL, tmp_path / "run", overwrite=False)
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "run").exists()
