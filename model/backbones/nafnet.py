@@ -62,7 +62,12 @@ class NAFNet(nn.Module):
     ) -> None:
         super().__init__()
         depth = len(enc_blk_nums)
-        if width < 1 or depth < 1 or len(dec_blk_nums) != depth or min(*enc_blk_nums, *dec_blk_nums, middle_blk_num) < 0:
+        if (
+            width < 1
+            or depth < 1
+            or len(dec_blk_nums) != depth
+            or min(*enc_blk_nums, *dec_blk_nums, middle_blk_num) < 0
+        ):
             raise ValueError(
                 "a NAFNet needs width ≥ 1 and as many decoder as encoder levels, one or more, of ≥ 0 blocks each, got "
                 f"width {width}, enc_blk_nums {list(enc_blk_nums)}, middle_blk_num {middle_blk_num}, "

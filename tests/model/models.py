@@ -7,6 +7,14 @@ from model.deblurrer import Deblurrer, build_deblurrer
 
 RANDOM = {"weights": "random"}  # teacher and student of the usual architecture, without reading weights
 
+# Settings of backbones whose defaults are the paper's size.
+SMALL: dict[str, dict[str, Any]] = {
+    "fftformer": {"dim": 8, "num_blocks": (1, 1, 1), "num_refinement_blocks": 1},
+    "nafnet": {"width": 8, "enc_blk_nums": (1, 1), "dec_blk_nums": (1, 1)},
+    "restormer": {"dim": 8, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1},
+    "uformer": {"embed_dim": 8, "depths": (1, 1, 1, 1, 1, 1, 1, 2, 1), "win_size": 2},
+}
+
 
 def deblurrer(*, seed: int = 0, read_weights: bool = True, **settings: Any) -> Deblurrer:
     """The deblurrer of these settings."""
