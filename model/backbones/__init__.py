@@ -9,6 +9,22 @@ A backbone is an nn.Module, made from plain settings that all have defaults, wit
 Nothing in it depends on the batch: no statistics over samples. tests/model/test_backbones.py holds the rows to this.
 """
 
+from model.backbones.mimounet import MIMOUNet
+from model.backbones.mprnet import MPRNet
+from model.backbones.stripformer import Stripformer
 from model.backbones.unet import UNet
 
-BACKBONES = {"unet": UNet}
+BACKBONES = {
+    "unet": UNet,
+    "mimounet": MIMOUNet,
+    "mprnet": MPRNet,
+    "stripformer": Stripformer,
+}
+
+# The papers' sizes: name → backbone and its settings.
+PRESETS: dict[str, tuple[str, dict]] = {
+    "mimo-unet": ("mimounet", {"num_res": 8}),
+    "mimo-unet-plus": ("mimounet", {"num_res": 20}),
+    "mprnet": ("mprnet", {}),
+    "stripformer": ("stripformer", {}),
+}

@@ -7,6 +7,13 @@ from model.deblurrer import Deblurrer, build_deblurrer
 
 RANDOM = {"weights": "random"}  # teacher and student of the usual architecture, without reading weights
 
+# Settings of backbones whose defaults are the paper's size.
+SMALL: dict[str, dict[str, Any]] = {
+    "mimounet": {"num_res": 1},
+    "mprnet": {"n_feat": 16, "scale_unetfeats": 8, "scale_orsnetfeats": 8, "num_cab": 1, "reduction": 2},
+    "stripformer": {"blocks": (2, 2)},
+}
+
 
 def deblurrer(*, seed: int = 0, read_weights: bool = True, **settings: Any) -> Deblurrer:
     """The deblurrer of these settings."""

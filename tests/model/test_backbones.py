@@ -1,11 +1,12 @@
-"""What every backbone of the table must be. A new row is all that a new backbone needs here."""
+"""What every backbone of the table must be. A new row is all that a new backbone needs here (and one in `SMALL`, where
+its defaults are too large for a test)."""
 
 import pytest
 import torch
 
 from model.backbones import BACKBONES
 from model.deblurrer import build_backbone
-from tests.model.models import RANDOM, deblurrer
+from tests.model.models import RANDOM, SMALL, deblurrer
 
 every = pytest.mark.parametrize("name", BACKBONES)
 
@@ -23,18 +24,22 @@ def awake(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
+def settings(name: str) -> dict:
+    return {"name": name, **SMALL.get(name, {})}
+
+
 def with_prior(name: str, **student: object):
-    """The backbone with its defaults, and a small prior at all its points."""
+    """The backbone, and a small prior at all its points."""
     options = {"name": "light", "width": 8, **student}
     return deblurrer(
-        backbone={"name": name}, teacher=RANDOM, student=options, spe={"dim": 8, "groups": 2, "heads": 1}
+        backbone=settings(name), teacher=RANDOM, student=options, spe={"dim": 8, "groups": 2, "heads": 1}
     ).eval()
 
 
 @every
 @pytest.mark.parametrize("size", [(64, 96), (41, 67), (7, 130), (1, 1)])
 def test_every_size_is_restored_with_the_full_size_last(name, size):
-    network = deblurrer(backbone={"name": name}, prior=False).eval()
+    network = deblurrer(backbone=settings(name), prior=False).eval()
     with torch.no_grad():
         restored = network(image(2, 3, *size)).restored
     assert restored[-1].shape == (2, 3, *size)
@@ -56,7 +61,7 @@ def test_a_fresh_prior_leaves_it_as_it_was_to_the_bit(name):
 
 @every
 def test_each_point_is_called_once_with_what_it_declares_and_what_comes_back_is_used(name):
-    network = awake(build_backbone(name))
+    network = awake(build_backbone(**settings(name)))
     side, called = 2 * network.stride_multiple, []
     x = image(1, 3, side, side)
 
@@ -74,7 +79,7 @@ def test_each_point_is_called_once_with_what_it_declares_and_what_comes_back_is_
 
 @every
 def test_a_sample_does_not_see_the_others_and_every_parameter_learns(name):
-    network = awake(build_backbone(name))
+    network = awake(build_backbone(**settings(name)))
     x = image(2, 3, 4 * network.stride_multiple, 4 * network.stride_multiple)
     torch.testing.assert_close(network(x)[-1][:1], network(x[:1])[-1], rtol=1e-3, atol=1e-3)
     sum(out.square().mean() for out in network(x)).backward()
