@@ -21,10 +21,9 @@ BACKBONES = {
     "stripformer": Stripformer,
 }
 
-# The papers' sizes: name → backbone and its settings.
-PRESETS: dict[str, tuple[str, dict]] = {
-    "mimo-unet": ("mimounet", {"num_res": 8}),
-    "mimo-unet-plus": ("mimounet", {"num_res": 20}),
-    "mprnet": ("mprnet", {}),
-    "stripformer": ("stripformer", {}),
+# Sizes of the papers under names of their own, in the form of a configuration's `model.backbone`; what is set beside
+# the name goes before. Where a paper has one size, it is the class's defaults.
+PRESETS = {
+    "mimo-unet": {"name": "mimounet", "num_res": 8},
+    "mimo-unet-plus": {"name": "mimounet", "num_res": 20},
 }

@@ -11,7 +11,7 @@ RANDOM = {"weights": "random"}  # teacher and student of the usual architecture,
 SMALL: dict[str, dict[str, Any]] = {
     "mimounet": {"num_res": 1},
     "mprnet": {"n_feat": 16, "scale_unetfeats": 8, "scale_orsnetfeats": 8, "num_cab": 1, "reduction": 2},
-    "stripformer": {"blocks": (2, 2)},
+    "stripformer": {"blocks": (2, 1)},
 }
 
 
