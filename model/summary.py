@@ -1,6 +1,7 @@
 """How large a model is: parameters and multiply-accumulates, counted on fake tensors, where nothing is computed."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,16 @@ def _semantic_attention_flops(x_shape, p_shape, *_, **__) -> int:
     return 2 * B * H * W * (C * C + C * D + D * D + 2 * C * D)
 
 
-FORMULAS = {torch.ops.sharpprior.semantic_attention: _semantic_attention_flops}
+def _attention_flops(query, key, value, *_, **__) -> int:
+    """Count both products of scaled dot-product attention; the counter does not know the operator it is on a CPU."""
+    *batch, queries, channels = query
+    return 2 * math.prod(batch) * queries * key[-2] * (channels + value[-1])
+
+
+FORMULAS = {
+    torch.ops.sharpprior.semantic_attention: _semantic_attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+}
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,21 @@ Nothing in it depends on the batch: no statistics over samples. tests/model/test
 """
 
 from model.backbones.fftformer import FFTformer
+from model.backbones.mimounet import MIMOUNet
+from model.backbones.mprnet import MPRNet
 from model.backbones.nafnet import NAFNet
 from model.backbones.restormer import Restormer
+from model.backbones.stripformer import Stripformer
 from model.backbones.uformer import Uformer
 from model.backbones.unet import UNet
 
 BACKBONES = {
     "fftformer": FFTformer,
+    "mimounet": MIMOUNet,
+    "mprnet": MPRNet,
     "nafnet": NAFNet,
     "restormer": Restormer,
+    "stripformer": Stripformer,
     "uformer": Uformer,
     "unet": UNet,
 }
@@ -31,4 +37,6 @@ PRESETS = {
     "uformer-t": {"name": "uformer", "embed_dim": 16, "depths": [2] * 9},
     "uformer-s": {"name": "uformer", "embed_dim": 32, "depths": [2] * 9},
     "uformer-b": {"name": "uformer", "embed_dim": 32, "depths": [1, 2, 8, 8, 2, 8, 8, 2, 1]},
+    "mimo-unet": {"name": "mimounet", "num_res": 8},
+    "mimo-unet-plus": {"name": "mimounet", "num_res": 20},
 }

@@ -13,6 +13,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "nafnet": {"width": 8, "enc_blk_nums": (1, 1), "dec_blk_nums": (1, 1)},
     "restormer": {"dim": 8, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1},
     "uformer": {"embed_dim": 8, "depths": (1, 1, 1, 1, 1, 1, 1, 2, 1), "win_size": 2},
+    "mimounet": {"num_res": 1},
+    "mprnet": {"n_feat": 16, "scale_unetfeats": 8, "scale_orsnetfeats": 8, "num_cab": 1, "reduction": 2},
+    "stripformer": {"blocks": (2, 1)},
 }
 
 

@@ -65,13 +65,15 @@ def _model_tensors(
 ) -> list[tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]]:
     """(name, shape, dtype, how to get it whole) of the averaged model's tensors, in the same order on every rank."""
     found = []
+    first = {id(parameter): name for name, parameter in module.named_parameters()}  # of one shared under many names
     for prefix, part in module.named_modules():
         own: dict[str, torch.Tensor] = {}
         part._save_to_state_dict(own, f"{prefix}." if prefix else "", keep_vars=True)
         for name, tensor in own.items():
             shape = tuple(whole_shape(tensor))
             dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-            whole = partial(ema.whole, name) if name in ema.averages else partial(_whole, tensor)
+            averaged = first.get(id(tensor), name)
+            whole = partial(ema.whole, averaged) if averaged in ema.averages else partial(_whole, tensor)
             found.append((name, shape, dtype, whole))
     return sorted(found, key=lambda entry: (-entry[2].itemsize, entry[0]))
 

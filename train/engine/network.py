@@ -31,15 +31,16 @@ def blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, block): the units of the network whose inside is worth recomputing.
 
     A block is an element of a sequence, list or table of modules, is none of these itself, holds two or more layers
-    with parameters, and lies in no other block: residual blocks of backbones and encoders, embeddings. Frozen ones
-    keep nothing for a backward pass and are left out.
+    with parameters, and lies in no other block: residual blocks of backbones and encoders, embeddings. A class may say
+    otherwise of itself: `recompute = True` makes it a block wherever it stands, False has its inside searched. Frozen
+    ones keep nothing for a backward pass and are left out.
     """
 
     def search(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         container = isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
         for name, child in parent.named_children():
             inner = isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-            if container and not inner and _layers(child) > 1:
+            if getattr(child, "recompute", container and not inner and _layers(child) > 1):
                 if any(parameter.requires_grad for parameter in child.parameters()):
                     yield prefix + name, child
             else:

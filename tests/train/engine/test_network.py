@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.deblurrer import Deblurrer
-from tests.model.models import RANDOM, deblurrer
+from tests.model.models import RANDOM, SMALL, deblurrer
 from train.config.schema import EngineSection
 from train.engine.network import blocks, recompute_blocks, refuse_compile, shape_network
 
@@ -72,6 +72,27 @@ def test_blocks_are_residual_blocks_of_both_networks_and_embeddings():
     assert {"backbone.encoder.0.0", "backbone.bottleneck.0", "spe.bottleneck"} <= set(names)
     assert any(name.startswith("prior.student.net.") for name in names)
     assert not any(other.startswith(f"{name}.") for name in names for other in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mimounet", ["Encoder.0.layers.0", "Decoder.2.layers.0", "AFFs.0"]),
+        ("mprnet", ["shallow_feat1.1", "stage1_encoder.encoder_level1.0", "stage3_orsnet.orb3.body.0"]),
+        ("stripformer", ["encoder.en_layer1_2", "Trans_block_1", "decoder.de_block_1", "decoder.de_layer1_2"]),
+    ],
+)
+def test_blocks_of_a_backbone_with_names_of_its_own(name, expected):
+    backbone = {"name": name, **SMALL[name]}
+    plain, recomputed = (deblurrer(backbone=backbone, prior=False) for _ in range(2))
+    names = [block for block, _ in blocks(plain)]
+    assert {f"backbone.{block}" for block in expected} <= set(names)
+    assert not any(other.startswith(f"{block}.") for block in names for other in names)
+    recompute_blocks(recomputed)
+    for module in (plain, recomputed):
+        sum(out.square().mean() for out in module(image(16)).restored).backward()
+    for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
 
 
 def test_frozen_blocks_are_not_recomputed():

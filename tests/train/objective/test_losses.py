@@ -2,7 +2,9 @@
 
 import math
 
+import numpy as np
 import pytest
+import scipy.ndimage
 import skimage.data
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from tests.model.models import deblurrer
 from train.config.file import configure
 from train.config.schema import LossSection
 from train.objective.cross_level import CrossLevelFeatureLoss
-from train.objective.restoration import TERMS, RestorationLoss, charbonnier, frequency_l1, l1
+from train.objective.restoration import TERMS, RestorationLoss, charbonnier, edge, frequency_l1, l1, psnr
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -44,6 +46,37 @@ def test_half_a_spectrum_gives_the_mean_over_the_whole(size):
     torch.testing.assert_close(frequency_l1(a, b), whole)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 1), (2, 3)])
+def test_the_edge_term_is_the_laplacian_pyramid_s_finest_level(size):
+    """Against SciPy, image by image: the level of each, then their difference."""
+    a, b = noise(2, 3, *size), noise(2, 3, *size, seed=1)
+    line = np.array([0.05, 0.25, 0.4, 0.25, 0.05])
+    kernel = np.outer(line, line)
+
+    def level(image: np.ndarray) -> np.ndarray:
+        kept = np.zeros(size)
+        kept[::2, ::2] = 4 * scipy.ndimage.correlate(image, kernel, mode="nearest")[::2, ::2]
+        return image - scipy.ndimage.correlate(kept, kernel, mode="nearest")
+
+    levels = [[level(plane) for plane in image.double().flatten(0, 1).numpy()] for image in (a, b)]
+    expected = np.sqrt((np.array(levels[0]) - np.array(levels[1])) ** 2 + 1e-6).mean()
+    assert float(edge(a, b)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_psnr_term_weighs_every_sample_by_its_own_error():
+    sharp = torch.zeros(2, 3, 4, 5)
+    restored = sharp.clone()
+    restored[0], restored[1] = 0.1, 0.01  # 20 dB and 40 dB
+    restored.requires_grad_()
+    value = psnr(restored, sharp)
+    assert float(value.detach()) == pytest.approx(-30, abs=1e-2)
+    value.backward()
+    # d(10·log₁₀ mse)/dx = 20/(ln 10 · x · pixels): a tenth of the error, ten times the gradient.
+    ratio = restored.grad[1].mean() / restored.grad[0].mean()
+    assert float(ratio) == pytest.approx(10, rel=1e-3)
+    assert float(psnr(sharp, sharp)) == pytest.approx(-80)
+
+
 def test_no_term_has_the_name_of_another_part_of_the_record():
     others = {"pixel", "structure", "context", "logits", "cached", "cfl_weight", "loss", "lr", "grad_norm", "seconds"}
     assert not others & TERMS.keys()
@@ -61,7 +94,7 @@ def test_every_term_of_the_table_keeps_the_contract(name):
     assert torch.isfinite(b.grad).all()
     term(a.requires_grad_(), a.detach().clone()).backward()
     assert torch.isfinite(a.grad).all()  # a perfect restoration too
-    small, large = (term(noise(4, 3, n, n), torch.zeros(4, 3, n, n)) for n in (32, 128))
+    small, large = (term(2 * noise(4, 3, n, n), torch.zeros(4, 3, n, n)) for n in (32, 128))
     assert float(large / small) == pytest.approx(1, abs=0.05)
     key = "loss.frequency" if name == "frequency" else f"loss.terms.{name}"
     weighed = RestorationLoss(configure(["loss.pixel=l1", "loss.frequency=0", f"{key}=0.5"]).loss)
@@ -89,11 +122,21 @@ def test_the_total_is_the_weighted_sum_of_detached_parts():
     assert float(total) == pytest.approx(float(2 * parts["structure"] + 0.5 * parts["context"]))
 
 
-def test_smaller_outputs_are_compared_with_the_averaged_sharp_image():
-    sharp = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    half = F.avg_pool2d(sharp, 2)
-    total, _ = RestorationLoss(LossSection(pixel="l1"))((half, sharp), sharp)
+def test_smaller_outputs_are_compared_with_the_sharp_image_sampled_bilinearly():
+    sharp = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    half, quarter = F.avg_pool2d(sharp, 2), F.avg_pool2d(sharp[:, :, 1:-1, 1:-1], 2, stride=4)  # the middle 2×2 of 4×4
+    total, _ = RestorationLoss(LossSection(pixel="l1"))((quarter, half, sharp), sharp)
     assert float(total) == pytest.approx(0, abs=1e-6)
+
+
+def test_all_outputs_are_learned_from_each_with_weight_one():
+    sharp = torch.zeros(1, 3, 16, 16)
+    outputs = [torch.full((1, 3, n, n), v, requires_grad=True) for n, v in ((4, 0.3), (8, 0.2), (16, 0.1))]
+    total, parts = RestorationLoss(LossSection(pixel="l1", frequency=0))(outputs, sharp)
+    assert float(total.detach()) == pytest.approx(0.6)
+    assert float(parts["pixel"]) == pytest.approx(0.6)
+    total.backward()
+    assert [float(out.grad.sum()) for out in outputs] == pytest.approx([1, 1, 1])
 
 
 def test_arithmetic_is_fp32_under_autocast():
