@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import kernels  # noqa: F401 - registers the operator that is counted here
 
@@ -18,7 +18,15 @@ def _semantic_attention_flops(x_shape, p_shape, *_, **__) -> int:
     return 2 * B * H * W * (C * C + C * D + D * D + 2 * C * D)
 
 
-FORMULAS = {torch.ops.sharpprior.semantic_attention: _semantic_attention_flops}
+def _attention_flops(q_shape, k_shape, v_shape, *_, **__) -> int:
+    """Count both products of the CPU's fused attention, which PyTorch's own table leaves out."""
+    return sdpa_flop_count(q_shape, k_shape, v_shape)
+
+
+FORMULAS = {
+    torch.ops.sharpprior.semantic_attention: _semantic_attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+}
 
 
 @dataclass(frozen=True)

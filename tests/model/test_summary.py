@@ -13,6 +13,14 @@ def test_a_convolution_counts_as_its_formula():
     assert (counts.parameters, counts.macs) == (8 * 28, 8 * 27 * 10 * 20)
 
 
+def test_attention_counts_its_two_products():
+    class Attention(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    assert summarize(Attention(), (10, 20)).macs == 2 * 3 * 10 * 10 * 20
+
+
 def test_parts_add_up_and_the_meta_device_agrees():
     model = deblurrer(**OPTIONS)
     before = [p.clone() for p in model.parameters()]

@@ -60,7 +60,7 @@ def test_a_batch_is_learned_with_the_prior():
 
 
 def test_it_is_traced_whole():
-    assert_traced_whole(FFTformer(**SMALL["fftformer"]), 32)
+    assert_traced_whole(FFTformer(dim=4, num_blocks=(0, 0, 0), num_refinement_blocks=1), 32)
 
 
 def test_it_is_recomputed():
