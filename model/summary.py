@@ -1,12 +1,13 @@
 """How large a model is: parameters and multiply-accumulates, counted on fake tensors, where nothing is computed."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels  # noqa: F401 - registers the operator that is counted here
 
@@ -18,9 +19,10 @@ def _semantic_attention_flops(x_shape, p_shape, *_, **__) -> int:
     return 2 * B * H * W * (C * C + C * D + D * D + 2 * C * D)
 
 
-def _attention_flops(q_shape, k_shape, v_shape, *_, **__) -> int:
-    """Count both products of the CPU's fused attention, which PyTorch's own table leaves out."""
-    return sdpa_flop_count(q_shape, k_shape, v_shape)
+def _attention_flops(query, key, value, *_, **__) -> int:
+    """Count both products of scaled dot-product attention; the counter does not know the operator it is on a CPU."""
+    *batch, queries, channels = query
+    return 2 * math.prod(batch) * queries * key[-2] * (channels + value[-1])
 
 
 FORMULAS = {

@@ -13,14 +13,6 @@ def test_a_convolution_counts_as_its_formula():
     assert (counts.parameters, counts.macs) == (8 * 28, 8 * 27 * 10 * 20)
 
 
-def test_attention_counts_its_two_products():
-    class Attention(torch.nn.Module):
-        def forward(self, x):
-            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
-
-    assert summarize(Attention(), (10, 20)).macs == 2 * 3 * 10 * 10 * 20
-
-
 def test_parts_add_up_and_the_meta_device_agrees():
     model = deblurrer(**OPTIONS)
     before = [p.clone() for p in model.parameters()]
@@ -40,3 +32,12 @@ def test_an_embedding_is_charged_for_its_products():
     projections = sum(c * (D + G) * (64 // s) ** 2 for c, s in zip(model.prior.channels, (4, 8, 16, 32), strict=True))
     grams = pixels * (channels**2 + channels * D + D**2 + 2 * channels * D)
     assert summarize(model, (64, 64)).parts["spe"][1] == projections + grams
+
+
+def test_attention_counts_both_its_products():
+    class Attention(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            rows = image.flatten(0, 1)[None]  # [1, 3, H, W]: H vectors of W numbers, three heads
+            return torch.nn.functional.scaled_dot_product_attention(rows, rows, rows)
+
+    assert summarize(Attention(), (10, 16)).macs == 2 * 3 * 10 * 10 * 16
