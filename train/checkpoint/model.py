@@ -65,8 +65,9 @@ def _model_tensors(
 ) -> list[tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]]:
     """(name, shape, dtype, how to get it whole) of the averaged model's tensors, in the same order on every rank."""
     found = []
-    first = {id(parameter): name for name, parameter in module.named_parameters()}  # of one shared under many names
-    for prefix, part in module.named_modules():
+    # A parameter may be used under many names: the average knows it by its first, the file has them all.
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    for prefix, part in module.named_modules(remove_duplicate=False):
         own: dict[str, torch.Tensor] = {}
         part._save_to_state_dict(own, f"{prefix}." if prefix else "", keep_vars=True)
         for name, tensor in own.items():

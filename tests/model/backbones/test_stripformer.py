@@ -20,7 +20,7 @@ def test_names_and_outputs_are_the_official_ones_around_grey():
 
 def test_the_defaults_are_the_paper_s():
     with torch.device("meta"):
-        assert parameters_and_macs(Stripformer()) == (pytest.approx(19.7, abs=0.05), pytest.approx(155, abs=1))
+        assert parameters_and_macs(Stripformer()) == (pytest.approx(19.7, abs=0.05), pytest.approx(154.7, abs=0.5))
 
 
 @pytest.mark.parametrize("block", [IntraSA, InterSA])
