@@ -28,7 +28,7 @@ def _attended_tile(
     d_modulation, state, gamma, beta, out, scale, d_attended, delta, pid_b, tile, column, C, D, S,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """d_attended = W_gᵀ (s γ d_gain + s β d_shift) + W_bᵀ (s d_shift), and the tile's share of ⟨d_attended, attended⟩."""
+    """d_attended = W_gᵀ (s γ d_gain + s β d_shift) + W_bᵀ (s d_shift), and its share of ⟨d_attended, attended⟩."""
     o_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     d_gain = d_modulation + pid_b * 2 * C * D

@@ -12,7 +12,7 @@ from kernels.attention.algebra_backward import CROSS_BOUND, attend_gradient_kern
 from kernels.attention.algebra_forward import attend_kernel, fold_kernel, project_kernel
 from kernels.attention.algebra_gradients import input_gradient_kernel, weight_gradient_kernel
 from kernels.attention.algebra_state import state_size
-from kernels.attention.configs import algebra_config
+from kernels.attention.configs import SUM_BLOCK, algebra_config
 from kernels.runtime import accumulator, device_guard
 
 # Samples are summed inside a program, at most so many groups of them side by side: bounds the weights' partial sums.
@@ -149,10 +149,10 @@ def fused_modulation_backward(
             state, flow, w.norm_weight, w.norm_bias, w.query, w.key, d_cross, by_key, by_value, cross, hzz, hpp,
             dzs, dps, units, parts, channels, B, groups, C, D, float(N), S, s_flow, **blocks, **scaled,
         )  # fmt: skip
-        grid = triton.cdiv(parts.shape[1], 256) + triton.cdiv(3 * C, 256) + heads
+        grid = triton.cdiv(parts.shape[1], SUM_BLOCK) + triton.cdiv(3 * C, SUM_BLOCK) + heads
         weight_gradient_kernel[(grid,)](
             parts, channels, flow, d_weights.norm_weight, d_weights.norm_bias, d_weights.query, d_weights.key,
             d_weights.value, d_weights.temperature, d_weights.out, d_weights.scale,
-            B, groups, layers, C, D, head_width, s_flow, BLOCK=256, ROWS=8, num_warps=4, **common,
+            B, groups, layers, C, D, head_width, s_flow, BLOCK=SUM_BLOCK, ROWS=8, num_warps=4, **common,
         )  # fmt: skip
     return Coefficients(gain, shift, units, cross, hzz, hpp, dzs, dps), d_weights

@@ -8,6 +8,8 @@ program of the same launch writes is ever read.
 import triton
 import triton.language as tl
 
+from kernels.attention.configs import SUM_BLOCK
+
 
 @triton.jit
 def gram_end(C, D):
@@ -115,4 +117,5 @@ def sum_kernel(partial, out, SPLITS, SIZE, s_out, BLOCK: tl.constexpr, ROWS: tl.
 def sum_splits(partial, out) -> None:
     """out [B, SIZE] (rows may be further apart) = partial [B, splits, SIZE] summed over the splits, one launch."""
     B, splits, size = partial.shape
-    sum_kernel[(B, triton.cdiv(size, 256))](partial, out, splits, size, out.stride(0), BLOCK=256, ROWS=8, num_warps=4)
+    grid = (B, triton.cdiv(size, SUM_BLOCK))
+    sum_kernel[grid](partial, out, splits, size, out.stride(0), BLOCK=SUM_BLOCK, ROWS=8, num_warps=4)

@@ -87,6 +87,8 @@ def launch_config(kernel: str, channels: int, prior_channels: int, dtype: torch.
     return config
 
 
+# Numbers that a program of a plain sum takes at once.
+SUM_BLOCK = 8192 if INTERPRETING else 256
 # The small algebra, fp32 dots of FMA loops: widest of C and D → (BLOCK_M, BLOCK_N, BLOCK_K, warps). Chosen from
 # ahead-of-time compilation (registers, no spill) and for programs enough to fill a GPU at a batch of 8.
 ALGEBRA = {64: (16, 32, 32, 2), 512: (32, 64, 16, 4)}
@@ -96,7 +98,8 @@ def algebra_config(channels: int, prior_channels: int, head_width: int) -> tuple
     """BLOCK_M, BLOCK_N, BLOCK_K of the algebra's matrix tiles, BLOCK_H of its tiles of a head's rows, and warps."""
     width = max(tile_width(channels), tile_width(prior_channels))
     if INTERPRETING:  # a program costs milliseconds there: few, and yet several for widths that are no power of two
-        m, n, k, warps = (16, 16, 16, 4) if width <= 32 else (32, 32, 32, 4) if width <= 128 else (64, 64, 64, 4)
+        m = n = k = max(16, min(width // 2, 128))
+        warps = 4
     else:
         m, n, k, warps = next(ALGEBRA[widest] for widest in sorted(ALGEBRA) if width <= widest)
     return m, n, k, min(tile_width(head_width), 32), warps
