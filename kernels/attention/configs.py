@@ -91,7 +91,7 @@ def launch_config(kernel: str, channels: int, prior_channels: int, dtype: torch.
 SUM_BLOCK = 8192 if INTERPRETING else 256
 # The small algebra, fp32 dots of FMA loops: widest of C and D → (BLOCK_M, BLOCK_N, BLOCK_K, warps). Chosen from
 # ahead-of-time compilation (registers, no spill) and for programs enough to fill a GPU at a batch of 8.
-ALGEBRA = {64: (16, 32, 32, 2), 512: (32, 64, 16, 4)}
+ALGEBRA = {64: (16, 32, 16, 2), 512: (32, 64, 16, 4)}
 
 
 def algebra_config(channels: int, prior_channels: int, head_width: int) -> tuple[int, int, int, int, int]:

@@ -218,7 +218,7 @@ def _gemm_grams(x: Tensor, p: Tensor, eps: float, mean: Tensor, rstd: Tensor) ->
         BLOCK_D=tile_width(D), **options(x.dtype, x, p, u), **config,
     )  # fmt: skip
     acc = accumulator(x.dtype)
-    if u.is_cuda and torch.version.hip is None and u.dtype != acc:
+    if not u.is_cpu and torch.version.hip is None and u.dtype != acc:
         return torch.bmm(u, u.mT, out_dtype=acc)  # fp32 sums and result of half operands
     return torch.bmm(u.to(acc), u.mT.to(acc))
 
