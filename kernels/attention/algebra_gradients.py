@@ -153,24 +153,29 @@ def _query_tile(
     o_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m, m_n = o_m < C, o_n < C
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for b in range(group, batch, groups):
+        pid_b = tl.full((), 0, tl.int64) + b
+        row = state + pid_b * S
+        b_zz = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        b_zz = product(b_zz, query, o_m, C, C, 1, row, o_n, C, C, 1, C, gamma, BLOCK_K)
+        offset = tl.load(row + vectors_at(C, D) + OFFSET * C + o_m, mask=m_m, other=0.0)
+        b_zz += offset[:, None] * tl.load(row + gram_end(C, D) - C - D + o_n, mask=m_n, other=0.0)[None, :]
+        own = tl.load(flow + pid_b * s_flow + QUERY_OWN * C + o_m, mask=m_m, other=0.0)
+        acc += 2.0 * own[:, None] * b_zz
+        acc = product(acc, d_cross + pid_b * C * D, o_m, C, D, 1, row + C * C, o_n, C, 1, D, D, None, BLOCK_K)
+    # A loop of its own for what a row has but once: fewer registers live beside the products.
     d_offset, d_square = tl.zeros((BLOCK_M,), ACC), tl.zeros((BLOCK_M,), ACC)
     for b in range(group, batch, groups):
         pid_b = tl.full((), 0, tl.int64) + b
         row = state + pid_b * S
-        vectors, zs = row + vectors_at(C, D), row + gram_end(C, D) - C - D
-        grad = d_cross + pid_b * C * D
-        own = tl.load(flow + pid_b * s_flow + QUERY_OWN * C + o_m, mask=m_m, other=0.0)
-        floor = tl.load(flow + pid_b * s_flow + QUERY_FLOOR * C + o_m, mask=m_m, other=0.0)
-        offset = tl.load(vectors + OFFSET * C + o_m, mask=m_m, other=0.0)
-        b_zz = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-        b_zz = product(b_zz, query, o_m, C, C, 1, row, o_n, C, C, 1, C, gamma, BLOCK_K)
-        b_zz += offset[:, None] * tl.load(zs + o_n, mask=m_n, other=0.0)[None, :]
-        acc += 2.0 * own[:, None] * b_zz
-        acc = product(acc, grad, o_m, C, D, 1, row + C * C, o_n, C, 1, D, D, None, BLOCK_K)
-        d_offset += rows_times(grad, o_m, C, D, 1, zs + C, None, D, BLOCK_M, ACC)
+        zs = row + gram_end(C, D) - C - D
+        d_offset += rows_times(d_cross + pid_b * C * D, o_m, C, D, 1, zs + C, None, D, BLOCK_M, ACC)
         seen = rows_times(query, o_m, C, C, 1, gamma, zs, C, BLOCK_M, ACC)
+        offset = tl.load(row + vectors_at(C, D) + OFFSET * C + o_m, mask=m_m, other=0.0)
+        own = tl.load(flow + pid_b * s_flow + QUERY_OWN * C + o_m, mask=m_m, other=0.0)
         d_offset += 2.0 * own * (seen + pixels * offset)
-        d_square += floor * tl.load(vectors + VECTORS * C)
+        floor = tl.load(flow + pid_b * s_flow + QUERY_FLOOR * C + o_m, mask=m_m, other=0.0)
+        d_square += floor * tl.load(row + vectors_at(C, D) + VECTORS * C)
     acc = acc * tl.load(gamma + o_n, mask=m_n, other=0.0)[None, :]
     acc += d_offset[:, None] * tl.load(beta + o_n, mask=m_n, other=0.0)[None, :]
     acc += (d_square * (2.0 * RELATIVE))[:, None] * load_tile(query, o_m, o_n, C, C, C, 1)

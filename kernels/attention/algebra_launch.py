@@ -12,7 +12,7 @@ from kernels.attention.algebra_backward import CROSS_BOUND, attend_gradient_kern
 from kernels.attention.algebra_forward import attend_kernel, fold_kernel, project_kernel
 from kernels.attention.algebra_gradients import input_gradient_kernel, weight_gradient_kernel
 from kernels.attention.algebra_state import state_size
-from kernels.attention.configs import SUM_BLOCK, algebra_config
+from kernels.attention.configs import SUM_BLOCK, algebra_config, most_registers
 from kernels.runtime import accumulator, device_guard
 
 # Samples are summed inside a program, at most so many groups of them side by side: bounds the weights' partial sums.
@@ -148,6 +148,7 @@ def fused_modulation_backward(
         input_gradient_kernel[(of_maps + B * triton.cdiv(D, block_m) * tiles_d,)](
             state, flow, w.norm_weight, w.norm_bias, w.query, w.key, d_cross, by_key, by_value, cross, hzz, hpp,
             dzs, dps, units, parts, channels, B, groups, C, D, float(N), S, s_flow, **blocks, **scaled,
+            **most_registers(),
         )  # fmt: skip
         grid = triton.cdiv(parts.shape[1], SUM_BLOCK) + triton.cdiv(3 * C, SUM_BLOCK) + heads
         weight_gradient_kernel[(grid,)](

@@ -94,6 +94,12 @@ SUM_BLOCK = 8192 if INTERPRETING else 256
 ALGEBRA = {64: (16, 32, 16, 2), 512: (32, 64, 16, 4)}
 
 
+def most_registers() -> dict[str, int]:
+    """Lets ptxas use every register: in a kernel of several parts it else aims at a round 128 or 168, and spills."""
+    on_cuda = not INTERPRETING and isinstance(target_architecture(), int)
+    return {"maxnreg": 255} if on_cuda else {}
+
+
 def algebra_config(channels: int, prior_channels: int, head_width: int) -> tuple[int, int, int, int, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K of the algebra's matrix tiles, BLOCK_H of its tiles of a head's rows, and warps."""
     width = max(tile_width(channels), tile_width(prior_channels))
