@@ -85,3 +85,27 @@ def launch_config(kernel: str, channels: int, prior_channels: int, dtype: torch.
             widest = 32
         config |= {"BLOCK_C": min(tile_width(channels), widest), "BLOCK_D": min(tile_width(prior_channels), 64)}
     return config
+
+
+# Numbers that a program of a plain sum takes at once.
+SUM_BLOCK = 8192 if INTERPRETING else 256
+# The small algebra, fp32 dots of FMA loops: widest of C and D → (BLOCK_M, BLOCK_N, BLOCK_K, warps). Chosen from
+# ahead-of-time compilation (registers, no spill) and for programs enough to fill a GPU at a batch of 8.
+ALGEBRA = {64: (16, 32, 16, 2), 512: (32, 64, 16, 4)}
+
+
+def most_registers() -> dict[str, int]:
+    """Lets ptxas use every register: in a kernel of several parts it else aims at a round 128 or 168, and spills."""
+    on_cuda = not INTERPRETING and isinstance(target_architecture(), int)
+    return {"maxnreg": 255} if on_cuda else {}
+
+
+def algebra_config(channels: int, prior_channels: int, head_width: int) -> tuple[int, int, int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_K of the algebra's matrix tiles, BLOCK_H of its tiles of a head's rows, and warps."""
+    width = max(tile_width(channels), tile_width(prior_channels))
+    if INTERPRETING:  # a program costs milliseconds there: few, and yet several for widths that are no power of two
+        m = n = k = max(16, min(width // 2, 128))
+        warps = 4
+    else:
+        m, n, k, warps = next(ALGEBRA[widest] for widest in sorted(ALGEBRA) if width <= widest)
+    return m, n, k, min(tile_width(head_width), 32), warps

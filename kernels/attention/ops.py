@@ -9,13 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.attention import reference
-from kernels.attention.algebra import (
-    Weights,
-    gram_size,
-    modulation,
-    modulation_backward,
-    split_grams,
-)
+from kernels.attention.algebra import Weights, gram_size
+from kernels.attention.algebra_state import state_size
 from kernels.runtime import accumulator, as_plane, new_map, pixel_strides
 
 _LIBRARY = torch.library.Library("sharpprior", "FRAGMENT")
@@ -41,25 +36,21 @@ def _passes(kernel: bool):
 
 
 def forward(x: Tensor, p: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y as x, mean and 1/std [B, N], flat Grams [B, C² + C·D + D² + C + D]; weights in the accumulator's dtype."""
+    """y as x, mean and 1/std [B, N], and the algebra's state [B, ·]; weights in the accumulator's dtype.
+
+    The state is the flat Grams (C² + C·D + D² + C + D); the kernels append what their backward reads again.
+    """
     *weights, eps, kernel = rest
-    passes, weights = _passes(kernel), Weights(*weights)
-    pixels, y = x.shape[2] * x.shape[3], new_map(x)
-    grams, mean, rstd = passes.gram_pass(_flat(x), _flat(p), eps)
-    passes.apply_pass(_flat(x), _flat(p), mean, rstd, modulation(grams, weights, pixels), _flat(y))
-    return y, mean, rstd, torch.cat([moment.flatten(1) for moment in grams], dim=1)
+    y = new_map(x)
+    return y, *_passes(kernel).forward(_flat(x), _flat(p), Weights(*weights), eps, _flat(y))
 
 
 def backward(dy: Tensor, x: Tensor, p: Tensor, *rest) -> tuple[Tensor, ...]:
     """dx, dp and the eight weights' gradients."""
-    *weights, mean, rstd, flat, kernel = rest
-    passes, weights = _passes(kernel), Weights(*weights)
-    maps = (_flat(as_plane(dy)), _flat(x), _flat(p), mean, rstd)
+    *weights, mean, rstd, state, kernel = rest
     dx, dp = new_map(x), new_map(p)
-    d_modulation = passes.reduce_pass(*maps)
-    grams = split_grams(flat, x.shape[1], p.shape[1])
-    mod, d_grams, d_weights = modulation_backward(grams, weights, x.shape[2] * x.shape[3], d_modulation)
-    passes.gradient_pass(*maps, mod, d_grams, _flat(dx), _flat(dp))
+    maps = (_flat(as_plane(dy)), _flat(x), _flat(p))
+    d_weights = _passes(kernel).backward(*maps, Weights(*weights), mean, rstd, state, _flat(dx), _flat(dp))
     return dx, dp, *d_weights
 
 
@@ -73,7 +64,8 @@ def _forward_shapes(x: Tensor, p: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor
     acc = accumulator(x.dtype)
     B, C, H, W = x.shape
     pixel = x.new_empty(B, H * W, dtype=acc)
-    return new_map(x), pixel, torch.empty_like(pixel), x.new_empty(B, gram_size(C, p.shape[1]), dtype=acc)
+    size = (state_size if rest[-1] else gram_size)(C, p.shape[1])
+    return new_map(x), pixel, torch.empty_like(pixel), x.new_empty(B, size, dtype=acc)
 
 
 def _backward_shapes(dy: Tensor, x: Tensor, p: Tensor, *rest) -> tuple[Tensor, ...]:

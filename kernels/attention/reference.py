@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention.algebra import ABSOLUTE_FLOOR, RELATIVE_FLOOR, Grams, Modulation, Weights
+from kernels.attention.algebra import (
+    ABSOLUTE_FLOOR,
+    RELATIVE_FLOOR,
+    Grams,
+    Modulation,
+    Weights,
+    modulation,
+    modulation_backward,
+    split_grams,
+)
 from kernels.runtime import accumulator
 
 # Elements of one chunk of X. Measured on two CPU cores at C = D = 64: half a megabyte of fp32 stays in the L2 cache.
@@ -76,15 +85,15 @@ def gram_pass(x: Tensor, p: Tensor, eps: float) -> tuple[Grams, Tensor, Tensor]:
     return Grams(zz, zp, pp, z_sum, p_sum), mean, rstd
 
 
-def apply_pass(x: Tensor, p: Tensor, mean: Tensor, rstd: Tensor, modulation: Modulation, y: Tensor) -> None:
+def apply_pass(x: Tensor, p: Tensor, mean: Tensor, rstd: Tensor, coefficients: Modulation, y: Tensor) -> None:
     """Second pass: y = x + z ⊙ (gain p) + shift p, written into y."""
     acc = accumulator(x.dtype)
     for b in range(x.shape[0]):
         for n in _chunks(x):
             xc, pc = x[b, :, n].to(acc), p[b, :, n].to(acc)
-            update = modulation.gain[b] @ pc
+            update = coefficients.gain[b] @ pc
             update *= (xc - mean[b, n]) * rstd[b, n]
-            update.addmm_(modulation.shift[b], pc)
+            update.addmm_(coefficients.shift[b], pc)
             y[b, :, n] = update.add_(xc)
 
 
@@ -108,7 +117,7 @@ def gradient_pass(
     p: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    modulation: Modulation,
+    coefficients: Modulation,
     d_grams: Grams,
     dx: Tensor,
     dp: Tensor,
@@ -116,7 +125,7 @@ def gradient_pass(
     """Second backward pass, written into dx and dp. d_grams: gradients of the Grams, zz and pp symmetric."""
     acc = accumulator(x.dtype)
     for b in range(x.shape[0]):
-        gain, shift, cross = modulation.gain[b], modulation.shift[b], d_grams.zp[b]
+        gain, shift, cross = coefficients.gain[b], coefficients.shift[b], d_grams.zp[b]
         for n in _chunks(x):
             dyc, pc, inverse = dy[b, :, n].to(acc), p[b, :, n].to(acc), rstd[b, n]
             zc = (x[b, :, n].to(acc) - mean[b, n]).mul_(inverse)
@@ -126,3 +135,29 @@ def gradient_pass(
             along = torch.linalg.vecdot(dz, zc, dim=0) / dz.shape[0]
             dz -= dz.mean(0)
             dx[b, :, n] = dz.addcmul_(zc, along, value=-1).mul_(inverse).add_(dyc)
+
+
+def forward(x: Tensor, p: Tensor, weights: Weights, eps: float, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y of x [B, C, N] and p [B, D, N], written into y; mean and 1/std [B, N], and the flat Grams [B, gram_size]."""
+    grams, mean, rstd = gram_pass(x, p, eps)
+    apply_pass(x, p, mean, rstd, modulation(grams, weights, x.shape[2]), y)
+    return mean, rstd, torch.cat([moment.flatten(1) for moment in grams], dim=1)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    p: Tensor,
+    weights: Weights,
+    mean: Tensor,
+    rstd: Tensor,
+    state: Tensor,
+    dx: Tensor,
+    dp: Tensor,
+) -> Weights:
+    """The weights' gradients; those of x and p are written into dx and dp."""
+    d_modulation = reduce_pass(dy, x, p, mean, rstd)
+    grams = split_grams(state, x.shape[1], p.shape[1])
+    coefficients, d_grams, d_weights = modulation_backward(grams, weights, x.shape[2], d_modulation)
+    gradient_pass(dy, x, p, mean, rstd, coefficients, d_grams, dx, dp)
+    return d_weights

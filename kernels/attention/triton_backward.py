@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.algebra import Grams, Modulation
+from kernels.attention.algebra_launch import Coefficients
+from kernels.attention.algebra_tiles import sum_splits
 from kernels.attention.configs import fused, launch_config, tile_width
-from kernels.attention.triton_forward import coefficients, dot, load_matrix, load_unit, offsets_2d, options, precision
+from kernels.attention.triton_forward import dot, load_matrix, load_unit, offsets_2d, options, precision
 from kernels.runtime import accumulator, device_guard, splits_over_pixels
 
 
@@ -225,20 +226,22 @@ def prior_gradient_kernel(
     tl.store(dp + pid_b * svb + offsets_2d(o_d, o_n, svc, svn, WIDE), b_dp, mask=m_d[:, None] & m_n[None, :])
 
 
-def reduce_pass(dy: Tensor, x: Tensor, p: Tensor, mean: Tensor, rstd: Tensor) -> Modulation:
-    """First backward pass: gradients of the modulation matrices."""
+def reduce_pass(dy: Tensor, x: Tensor, p: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """First backward pass: gradients of gain and shift [B, 2, C, D]."""
     B, C, N = x.shape
     D, acc = p.shape[1], accumulator(x.dtype)
     config = launch_config("reduce", C, D, x.dtype)
     splits, steps = splits_over_pixels(N, B, config["BLOCK_N"])
-    partial = torch.empty((B, splits, 2, C, D), dtype=acc, device=x.device)
+    partial = torch.empty((B, splits, 2 * C * D), dtype=acc, device=x.device)
+    total = torch.empty((B, 2, C, D), dtype=acc, device=x.device)
     grid = (B * splits, triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(D, config["BLOCK_D"]))
     with device_guard(x):
         reduce_kernel[grid](
             dy, x, p, mean, rstd, partial, N, C, D, steps, *dy.stride(), *x.stride(), *p.stride(),
             PRECISION=precision(x.dtype), **options(x.dtype, dy, x, p), **config,
         )  # fmt: skip
-    return Modulation(*partial.sum(1).unbind(1))
+        sum_splits(partial, total)
+    return total
 
 
 def gradient_pass(
@@ -247,15 +250,12 @@ def gradient_pass(
     p: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    modulation: Modulation,
-    d_grams: Grams,
+    coefficients: Coefficients,
     dx: Tensor,
     dp: Tensor,
 ) -> None:
     """Second backward pass, written into dx and dp."""
-    matrices = (modulation.gain, modulation.shift, d_grams.zp, 2 * d_grams.zz, 2 * d_grams.pp)
-    (gain, shift, cross, hzz, hpp), units = coefficients(x.dtype, *matrices)
-    dzs, dps = d_grams.z.contiguous(), d_grams.p.contiguous()
+    gain, shift, units, cross, hzz, hpp, dzs, dps = coefficients
     with device_guard(x):
         if fused("gradient", x.shape[1], p.shape[1], x.dtype):
             _fused_gradients(dy, x, p, mean, rstd, gain, shift, cross, hzz, hpp, dzs, dps, units, dx, dp)

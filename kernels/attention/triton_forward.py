@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.algebra import Grams, Modulation, gram_size, split_grams
+from kernels.attention.algebra import gram_size
+from kernels.attention.algebra_launch import Coefficients, Moments, flat_moments, new_state, square_moments
+from kernels.attention.algebra_tiles import sum_splits
 from kernels.attention.configs import fused, launch_config, tile_width
 from kernels.runtime import (
     INTERPRETING,
@@ -104,16 +106,18 @@ def gram_kernel(
 
 @triton.jit
 def normalise_kernel(
-    x, z, mean, rstd, N, eps, sxb, sxc, sxn, szb, szc, szn,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    x, p, u, mean, rstd, N, eps, sxb, sxc, sxn, spb, spc, spn, sub, suc, sun,
+    C: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """z = (x − mean)/std in x's dtype, for Grams taken by the vendor's GEMM. Grid: (B·pixel blocks,)."""
+    """u = [z; p; 1] in x's dtype, R rows: u uᵀ by the vendor's GEMM holds all moments. Grid: (B·pixel blocks,)."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(N, BLOCK_N)
     pid_b = pid // blocks
-    o_c = tl.arange(0, BLOCK_C)
+    o_c, o_d, o_r = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D), tl.arange(0, 32)
     o_n = (pid % blocks).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_c, m_n = o_c < C, o_n < N
+    u += pid_b * sub
     mask = m_c[:, None] & m_n[None, :]
     b_x = tl.load(x + pid_b * sxb + offsets_2d(o_c, o_n, sxc, sxn, WIDE), mask=mask, other=0.0).to(ACC)
     b_mean = tl.sum(b_x, 0) / C
@@ -121,8 +125,13 @@ def normalise_kernel(
     b_rstd = 1.0 / tl.sqrt(tl.sum(b_z * b_z, 0) / C + eps)
     tl.store(mean + pid_b * N + o_n, b_mean, mask=m_n)
     tl.store(rstd + pid_b * N + o_n, b_rstd, mask=m_n)
-    b_z = (b_z * b_rstd[None, :]).to(z.dtype.element_ty)
-    tl.store(z + pid_b * szb + offsets_2d(o_c, o_n, szc, szn, WIDE), b_z, mask=mask)
+    b_z = (b_z * b_rstd[None, :]).to(u.dtype.element_ty)
+    tl.store(u + offsets_2d(o_c, o_n, suc, sun, WIDE), b_z, mask=mask)
+    mask = (o_d < D)[:, None] & m_n[None, :]
+    b_p = tl.load(p + pid_b * spb + offsets_2d(o_d, o_n, spc, spn, WIDE), mask=mask, other=0.0)
+    tl.store(u + offsets_2d(C + o_d, o_n, suc, sun, WIDE), b_p, mask=mask)
+    ones = tl.full((32, BLOCK_N), 1.0, u.dtype.element_ty)
+    tl.store(u + offsets_2d(C + D + o_r, o_n, suc, sun, WIDE), ones, mask=(C + D + o_r < R)[:, None] & m_n[None, :])
 
 
 @triton.jit
@@ -172,29 +181,19 @@ def options(dtype: torch.dtype, *maps: Tensor) -> dict:
     return {"ACC": tl.float64 if dtype == torch.float64 else tl.float32, "WIDE": needs_int64(*maps)}
 
 
-def coefficients(dtype: torch.dtype, *matrices: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Matrices [B, ·, ·] in the operands' dtype and their units [count, B].
+def gram_pass(x: Tensor, p: Tensor, eps: float) -> tuple[Moments, Tensor, Tensor, Tensor]:
+    """First pass over x [B, C, N], p [B, D, N]: Grams, the state rows, mean and 1/std [B, N].
 
-    fp16 alone has too little range for gradients of Grams, which shrink with the number of pixels: there each matrix is
-    divided by the power of two at or below its largest entry, and the kernel multiplies its product by that unit.
+    The Grams lie in the state, or in the wide route's square matrix, from where the algebra copies them.
     """
-    if dtype != torch.float16:
-        return [matrix.to(dtype).contiguous() for matrix in matrices], matrices[0]
-    units = torch.stack([matrix.abs().amax((1, 2)) for matrix in matrices])
-    units = torch.where(units > 0, torch.exp2(torch.floor(torch.log2(units))), 1.0)
-    scaled = [(matrix / unit[:, None, None]).to(dtype) for matrix, unit in zip(matrices, units, strict=True)]
-    return [matrix.contiguous() for matrix in scaled], units
-
-
-def gram_pass(x: Tensor, p: Tensor, eps: float) -> tuple[Grams, Tensor, Tensor]:
-    """First pass over x [B, C, N], p [B, D, N]: Grams, mean and 1/std [B, N]."""
     B, C, N = x.shape
     D, acc = p.shape[1], accumulator(x.dtype)
     mean = torch.empty((B, N), dtype=acc, device=x.device)
     rstd = torch.empty((B, N), dtype=acc, device=x.device)
+    state = new_state(x, D)
     with device_guard(x):
         if not fused("gram", C, D, x.dtype):
-            return _gemm_grams(x, p, eps, mean, rstd), mean, rstd
+            return square_moments(_gemm_grams(x, p, eps, mean, rstd), C, D), state, mean, rstd
         config = launch_config("gram", C, D, x.dtype)
         splits, steps = splits_over_pixels(N, B, config["BLOCK_N"])
         partial = torch.empty((B, splits, gram_size(C, D)), dtype=acc, device=x.device)
@@ -202,35 +201,32 @@ def gram_pass(x: Tensor, p: Tensor, eps: float) -> tuple[Grams, Tensor, Tensor]:
             x, p, mean, rstd, partial, N, steps, eps, *x.stride(), *p.stride(), C=C, D=D, BLOCK_C=tile_width(C),
             BLOCK_D=tile_width(D), PRECISION=precision(x.dtype), **options(x.dtype, x, p), **config,
         )  # fmt: skip
-        return split_grams(partial.sum(1), C, D), mean, rstd
+        sum_splits(partial, state)
+    return flat_moments(state, C, D), state, mean, rstd
 
 
-def _gemm_grams(x: Tensor, p: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> Grams:
+def _gemm_grams(x: Tensor, p: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> Tensor:
+    """[B, R, R] = u uᵀ, u = [z; p; 1, …], R = C + D + 1 rounded up to 16: every moment in one GEMM."""
     B, C, N = x.shape
-    last = x.stride(1) == 1 and N > 1
-    z = torch.empty((B, N, C) if last else (B, C, N), dtype=x.dtype, device=x.device)
-    z = z.mT if last else z
-    config = launch_config("normalise", C, C, x.dtype)
+    D, last = p.shape[1], x.stride(1) == 1 and N > 1
+    R = -(-(C + D + 1) // 16) * 16
+    u = torch.empty((B, N, R) if last else (B, R, N), dtype=x.dtype, device=x.device)
+    u = u.mT if last else u
+    config = launch_config("normalise", C, D, x.dtype)
     normalise_kernel[(B * triton.cdiv(N, config["BLOCK_N"]),)](
-        x, z, mean, rstd, N, eps, *x.stride(), *z.stride(), C=C, BLOCK_C=tile_width(C), **options(x.dtype, x, z),
-        **config,
+        x, p, u, mean, rstd, N, eps, *x.stride(), *p.stride(), *u.stride(), C=C, D=D, R=R, BLOCK_C=tile_width(C),
+        BLOCK_D=tile_width(D), **options(x.dtype, x, p, u), **config,
     )  # fmt: skip
     acc = accumulator(x.dtype)
-    return Grams(_gram(z, z), _gram(z, p), _gram(p, p), z.sum(2, dtype=acc), p.sum(2, dtype=acc))
+    if not u.is_cpu and torch.version.hip is None and u.dtype != acc:
+        return torch.bmm(u, u.mT, out_dtype=acc)  # fp32 sums and result of half operands
+    return torch.bmm(u.to(acc), u.mT.to(acc))
 
 
-def _gram(a: Tensor, b: Tensor) -> Tensor:
-    acc = accumulator(a.dtype)
-    if a.is_cuda and torch.version.hip is None and a.dtype != acc:
-        return torch.bmm(a, b.mT, out_dtype=acc)  # fp32 sums and result of half operands
-    return torch.bmm(a.to(acc), b.mT.to(acc))
-
-
-def apply_pass(x: Tensor, p: Tensor, mean: Tensor, rstd: Tensor, modulation: Modulation, y: Tensor) -> None:
+def apply_pass(x: Tensor, p: Tensor, mean: Tensor, rstd: Tensor, coefficients: Coefficients, y: Tensor) -> None:
     """Second pass: y = x + z ⊙ (gain p) + shift p, written into y."""
     B, C, N = x.shape
-    D = p.shape[1]
-    (gain, shift), units = coefficients(x.dtype, modulation.gain, modulation.shift)
+    D, (gain, shift, units, *_) = p.shape[1], coefficients
     config = launch_config("apply", C, D, x.dtype)
     grid = (B * triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(C, config["BLOCK_C"]))
     with device_guard(x):

@@ -118,9 +118,17 @@ def plane(batch: int, channels: int, pixels: int, dtype: torch.dtype, channels_l
 
 def attention_kernels() -> list:
     """All jitted kernels of semantic attention that are launched."""
-    from kernels.attention import triton_backward, triton_forward
+    from kernels.attention import (
+        algebra_backward,
+        algebra_forward,
+        algebra_gradients,
+        algebra_tiles,
+        triton_backward,
+        triton_forward,
+    )
 
-    modules = (triton_forward, triton_backward)
+    algebra = (algebra_tiles, algebra_forward, algebra_backward, algebra_gradients)
+    modules = (triton_forward, triton_backward, *algebra)
     return list({k: None for m in modules for n, k in vars(m).items() if n.endswith("_kernel")})
 
 
@@ -141,6 +149,7 @@ class Attention:
     channels_last: bool = False
     batch: int = 2
     pixels: int = 4096
+    heads: int = 4
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "NCHW"
@@ -148,15 +157,14 @@ class Attention:
 
     def launch(self) -> None:
         from kernels.attention import triton as passes
-        from kernels.attention.algebra import gram_size, split_grams
+        from kernels.attention.algebra import Weights
 
         B, C, D, N = self.batch, self.C, self.D, self.pixels
         x, p = (plane(B, c, N, self.dtype, self.channels_last) for c in (C, D))
-        _, mean, rstd = passes.gram_pass(x, p, 1e-6)
-        modulation = passes.reduce_pass(x, x, p, mean, rstd)
-        passes.apply_pass(x, p, mean, rstd, modulation, torch.empty_like(x))
-        grams = split_grams(torch.empty(B, gram_size(C, D), device="meta"), C, D)
-        passes.gradient_pass(x, x, p, mean, rstd, modulation, grams, torch.empty_like(x), torch.empty_like(p))
+        shapes = Weights((C,), (C,), (C, C), (C, D), (C, D), (self.heads,), (2 * C, C), (C,))
+        weights = Weights(*(torch.empty(shape, device="meta") for shape in shapes))
+        state = passes.forward(x, p, weights, 1e-6, torch.empty_like(x))
+        passes.backward(x, x, p, weights, *state, torch.empty_like(x), torch.empty_like(p))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,11 @@ REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 # Tiles were chosen with Triton 3.8. What 3.6 makes of them: (target, kernel) → spilled bytes, and whether loads narrow.
 BY_OLDER_TRITON = {("sm_80", "level_gradient_kernel"): (8, False), ("sm_90", "prior_gradient_kernel"): (0, True)}
 WIDTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+# The algebra reads matrices of some hundred rows out of the L2 cache, some transposed, and many vectors.
+ALGEBRA = (
+    *("sum_kernel", "project_kernel", "attend_kernel", "fold_kernel", "output_gradient_kernel"),
+    *("attend_gradient_kernel", "input_gradient_kernel", "weight_gradient_kernel"),
+)
 # Bilinear gathers from NCHW levels are scalar by nature: neighbouring targets share or skip source pixels.
 GATHERS = ("aggregate_kernel", "share_kernel", "level_gradient_kernel")
 
@@ -45,7 +50,7 @@ def lanes(tmp_path_factory) -> dict[str, Future]:
 
     pool = ThreadPoolExecutor(max_workers=os.cpu_count())
     started = {}
-    for name in ("attention", "aggregation"):
+    for name in ("attention", "algebra", "aggregation"):
         pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{HERE}/test_{name}.py"]
         started[name] = pool.submit(run, name, pytest_command, TRITON_INTERPRET="1")
     for target in TARGETS:
@@ -61,7 +66,7 @@ def release(package: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-@pytest.mark.parametrize("operation", ["attention", "aggregation"])
+@pytest.mark.parametrize("operation", ["attention", "algebra", "aggregation"])
 def test_kernels_pass_the_same_tests_in_the_interpreter(lanes, operation):
     if release("triton") == (3, 6) and release("numpy") >= (2, 4):
         pytest.skip("Triton 3.6 interprets with NumPy below 2.4 only: pip install 'numpy<2.4' for this test")
@@ -78,6 +83,7 @@ def test_every_chosen_kernel_compiles_within_its_budget(lanes, target):
     assert found == {
         *("gram_kernel", "normalise_kernel", "apply_kernel", "reduce_kernel", "gradient_kernel"),
         *("feature_gradient_kernel", "norm_gradient_kernel", "prior_gradient_kernel"),
+        *ALGEBRA,
         *GATHERS,
     }
     for width in WIDTHS:
@@ -86,7 +92,7 @@ def test_every_chosen_kernel_compiles_within_its_budget(lanes, target):
     for build in builds:
         gather = build["kernel"] in GATHERS
         scattered = "NCHW" in build["case"] or target == "gfx942" or build["kernel"] == "level_gradient_kernel"
-        narrow = "N=1 " in build["case"] or (gather and scattered)
+        narrow = "N=1 " in build["case"] or (gather and scattered) or build["kernel"] in ALGEBRA
         too_narrow = build["wide"] * (5 if gather else 3) < build["loads"] and not narrow
         too_big = build["shared"] > SHARED_MEMORY[target] or build["registers"] > REGISTERS[target]
         spilled, narrowed = excused.get((target, build["kernel"]), (0, False))
