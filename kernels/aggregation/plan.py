@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.runtime import INTERPRETING
 
-# Elements of one program's tile at four warps, eight and sixteen a thread. Windows hold two rows of theirs.
+# Elements of one program's tile over targets, over sources, and of one row's window; eight a thread (_warps).
 TARGET_TILE, GRADIENT_TILE, WINDOW_TILE = 1024, 2048, 4096
 COPY, TAPS = 0, -1  # as in sampling.py
 ALIGN = 8
@@ -45,6 +45,11 @@ def _block_d(group: int) -> int:
     return min(16 if INTERPRETING else 32, power_of_2(group))
 
 
+def _warps(elements: int) -> int:
+    """Warps of 32 threads with eight elements of a tile each: 128-bit loads of a 16-bit type."""
+    return max(1, elements // 256)
+
+
 def window(level: Tensor, H: int, W: int, block_d: int, block_n: int) -> int:
     """How targets read a level: COPY, TAPS, or how many of its pixels a window holds along a row.
 
@@ -74,7 +79,7 @@ def plan_target(values: Sequence[Tensor], logits: Sequence[Tensor], target: Tens
         "BLOCK_D": block_d,
         "BLOCK_N": block_n,
         "WIDE": needs_int64([target, *values, *logits]),
-        "num_warps": max(1, min(4, block_d * block_n // 256)),
+        "num_warps": _warps(block_d * block_n),
     }
     grid = B * H * -(-W // block_n) * G, -(-(D // G) // block_d)
     levels = tuple(values), tuple(logits), *_sizes(values, H, W), _strides(values), _strides(logits)
@@ -88,11 +93,8 @@ def reach(size: int, level: int) -> int:
 
 def part(w: int, W: int, block_t: int) -> int:
     """Sources of a row that one program takes: all, or as many as have their targets in one block of block_t."""
-    if W <= block_t:
-        fit = w
-    else:
-        # Targets of n sources: n·W/w and their reach, begun at an aligned one.
-        fit = (block_t - ALIGN - reach(W, w)) * w // W
+    # Targets of n sources: n·W/w and their reach, begun at an aligned one.
+    fit = w if block_t >= W else (block_t - ALIGN - reach(W, w)) * w // W
     fit = max(1, min(fit, 128))
     return -(-w // -(-w // fit))
 
@@ -122,7 +124,7 @@ def plan_gradient(d_values: Sequence[Tensor], d_logits: Sequence[Tensor], dp: Te
         "BLOCK_D": block_d,
         "BLOCK_T": block_t,
         "WIDE": needs_int64([dp, *d_values, *d_logits]),
-        "num_warps": max(1, min(4, block_d * block_t // 256)),
+        "num_warps": _warps(block_d * block_t),
     }
     levels = (
         *(tuple(d_values), tuple(d_logits), heights, widths, scales_y, scales_x),

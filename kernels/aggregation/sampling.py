@@ -1,7 +1,7 @@
-"""How a Triton program reads and weighs a level at target pixels: the coordinates of F.interpolate, three ways to load.
+"""How a Triton program samples a level at target pixels: the coordinates of F.interpolate, three ways to read.
 
-Names: b_ block values, o_ offsets, m_ masks. Scales come from the host, divided exactly: Triton's own `/` is approximate
-in float32 on a GPU, and a scale of one that is off by an ulp samples a level of the target's size between its pixels.
+Names: b_ block values, o_ offsets, m_ masks. Scales come from the host, divided exactly: Triton's own `/` is
+approximate in float32 on a GPU, and a scale of one that is off by an ulp samples a level between its pixels.
 """
 
 import triton

@@ -11,14 +11,24 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aggregation.plan import plan_gradient, plan_target
-from kernels.aggregation.sampling import ALIGN, COPY, deal, first_reached, inside, sample_row, sample_tile, weight_of, widen
+from kernels.aggregation.sampling import (
+    ALIGN,
+    COPY,
+    deal,
+    first_reached,
+    inside,
+    sample_row,
+    sample_tile,
+    weight_of,
+    widen,
+)
 from kernels.runtime import accumulator, device_guard
 
 
 @triton.jit
 def place(pid, G, parts, height, length):
     """(sample, group, row, first pixel, number of sample and group) of a program; neighbours share the pixels."""
-    pid_g, rest = (pid % G).to(tl.int64), pid // G
+    pid_g, rest = pid % G, pid // G
     x_first = (rest % parts).to(tl.int32) * length
     rest = rest // parts
     o_y, pid_b = (rest % height).to(tl.int32), (rest // height).to(tl.int64)
@@ -45,7 +55,7 @@ def aggregate_kernel(
     for level in tl.static_range(LEVELS):
         sb, sc, sy, sx = logit_strides[level]
         b_logit = sample_row(
-            logits[level] + pid_b * sb + pid_g * sc, sy, sx, o_y, x_first, o_x, m_x, heights[level],
+            logits[level] + pid_b * sb + widen(pid_g, WIDE) * sc, sy, sx, o_y, x_first, o_x, m_x, heights[level],
             widths[level], scales_y[level], scales_x[level], WINDOWS[level], ACC, WIDE,
         )  # fmt: skip
         b_top = tl.maximum(b_top, b_logit, propagate_nan=tl.PropagateNan.ALL)
@@ -75,7 +85,7 @@ def share_kernel(
     WINDOWS: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Per target and group: the shares w_l and ∂L/∂ã_l = w_l (u_l − Σ w u), u_l = Σ_c dP_c Ṽ_l,c. Grid: (B·H·parts·G,)."""
+    """Per target and group: shares w_l, ∂L/∂ã_l = w_l (u_l − Σ w u), u_l = Σ_c dP_c Ṽ_l,c. Grid: (B·H·parts·G,)."""
     parts = tl.cdiv(WIDTH, BLOCK_N)
     pid_b, pid_g, o_y, x_first, pid_bg = place(tl.program_id(0), G, parts, HEIGHT, BLOCK_N)
     o_x = x_first + tl.arange(0, BLOCK_N)
@@ -89,8 +99,8 @@ def share_kernel(
         h, w, scale_y, scale_x = heights[level], widths[level], scales_y[level], scales_x[level]
         sb, sc, sy, sx = logit_strides[level]
         b_logit = sample_row(
-            logits[level] + pid_b * sb + pid_g * sc, sy, sx, o_y, x_first, o_x, m_x, h, w, scale_y, scale_x,
-            WINDOWS[level], ACC, WIDE,
+            logits[level] + pid_b * sb + widen(pid_g, WIDE) * sc, sy, sx, o_y, x_first, o_x, m_x, h, w,
+            scale_y, scale_x, WINDOWS[level], ACC, WIDE,
         )  # fmt: skip
         b_share = tl.exp(b_logit - b_lse)
         sb, sc, sy, sx = value_strides[level]
@@ -114,7 +124,7 @@ def share_kernel(
 
 @triton.jit
 def gather_rows(
-    dp, share, slope, pid_b, o_c, m_d, o_y, o_m, m_m, first, last, h, w, scale_y, scale_x, inverse_y, inverse_x,
+    dp, share, slope, o_c, m_d, o_y, o_m, m_m, first, last, h, w, scale_y, scale_x, inverse_y, inverse_x,
     reach_y, reach_x, HEIGHT, WIDTH, spc, spy, spx,
     BLOCK_T: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +165,8 @@ def gather_rows(
 @triton.jit
 def level_gradient_kernel(
     dp, share, slope, d_values, d_logits, heights, widths, scales_y, scales_x, inverses_y, inverses_x,
-    reaches_y, reaches_x, lengths, firsts, stops, value_strides, logit_strides, BG, G, HEIGHT, WIDTH, spb, spc, spy, spx,
+    reaches_y, reaches_x, lengths, firsts, stops, value_strides, logit_strides,
+    BG, G, HEIGHT, WIDTH, spb, spc, spy, spx,
     BLOCKS_M: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +199,7 @@ def level_gradient_kernel(
                 last = tl.minimum(x_first + length, w) - 1
                 m_m = o_m <= last
                 b_value, b_logit = gather_rows(
-                    b_dp, share + o_plane, slope + o_plane, pid_b, o_c, m_d, o_y, o_m, m_m, x_first, last, h, w,
+                    b_dp, share + o_plane, slope + o_plane, o_c, m_d, o_y, o_m, m_m, x_first, last, h, w,
                     scales_y[level], scales_x[level], inverses_y[level], inverses_x[level],
                     reaches_y[level], reaches_x[level], HEIGHT, WIDTH, spc, spy, spx, BLOCK_T, ACC, WIDE,
                 )  # fmt: skip
@@ -198,7 +209,7 @@ def level_gradient_kernel(
             tl.store(d_value + o_v, b_value.to(d_value.dtype.element_ty), mask=m_d[:, None] & m_m[None, :])
             if tl.program_id(1) == 0:
                 sb, sc, sy, sx = logit_strides[level]
-                d_logit = d_logits[level] + pid_b * sb + pid_g * sc
+                d_logit = d_logits[level] + pid_b * sb + widen(pid_g, WIDE) * sc
                 o_a = widen(o_y, WIDE) * sy + widen(o_m, WIDE) * sx
                 tl.store(d_logit + o_a, b_logit.to(d_logit.dtype.element_ty), mask=m_m)
 
@@ -230,9 +241,7 @@ def backward_pass(dp: Tensor, values, logits, lse: Tensor, d_values, d_logits) -
     gradient = plan_gradient(d_values, d_logits, dp)
     target = (B * G, G, H, W, *dp.stride())
     with device_guard(dp):
-        share_kernel[plan.grid[:1]](
-            dp, *plan.levels, lse, share, slope, *target, **plan.constants, **_types(dp.dtype)
-        )
+        share_kernel[plan.grid[:1]](dp, *plan.levels, lse, share, slope, *target, **plan.constants, **_types(dp.dtype))
         level_gradient_kernel[gradient.grid](
             dp, share, slope, *gradient.levels, *target, **gradient.constants, **_types(dp.dtype)
         )
