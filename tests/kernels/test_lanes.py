@@ -28,7 +28,7 @@ REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 # Tiles were chosen with Triton 3.8. What 3.6 makes of them: (target, kernel) → spilled bytes, and whether loads narrow.
 BY_OLDER_TRITON = {("sm_80", "level_gradient_kernel"): (8, False), ("sm_90", "prior_gradient_kernel"): (0, True)}
 WIDTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
-# Bilinear gathers from NCHW levels are scalar by nature: neighbouring targets share or skip source pixels.
+# Coarse levels' rows hold fewer pixels than fill 128-bit loads of all threads, and logits are one channel.
 GATHERS = ("aggregate_kernel", "share_kernel", "level_gradient_kernel")
 
 
