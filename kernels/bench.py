@@ -54,7 +54,7 @@ def aggregation_traffic(levels: list[Tensor], shape: tuple[int, int, int]) -> di
     source, target, count = sum(t.numel() for t in levels) * itemsize, N * PRIOR * itemsize, len(levels) // 2
     state = N * GROUPS * 4
     forward = (source + target + state, N * count * 10 * PRIOR)
-    backward = (2 * source + 2 * target + 2 * (2 * count + 1) * state, N * count * 20 * PRIOR)
+    backward = (2 * source + 2 * target + (4 * count + 1) * state, N * count * 20 * PRIOR)
     return {"forward": forward, "backward": backward, "both": (forward[0] + backward[0], forward[1] + backward[1])}
 
 

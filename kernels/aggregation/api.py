@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.aggregation.ops import AggregateLevels
-from kernels.runtime import as_plane, check_maps, choose
+from kernels.runtime import check_maps, choose
 
 
 def aggregate_levels(
@@ -52,5 +52,5 @@ def aggregate_levels(
     dtype = values[0].dtype
     # The operators are opaque to autocast: every dtype is settled here, whatever region the caller is in.
     with torch.autocast(values[0].device.type, enabled=False):
-        levels = [as_plane(level.to(dtype)) for level in (*values, *logits)]
+        levels = [level.to(dtype) for level in (*values, *logits)]
         return AggregateLevels.apply(size[0], size[1], kernel, *levels)

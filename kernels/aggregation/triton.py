@@ -1,7 +1,8 @@
 """Level aggregation in Triton: the levels stay at their own resolution; nothing upsampled is ever in memory.
 
-Names: b_ block values, o_ offsets, m_ masks; levels come as tuples of pointers. A program owns one group of channels:
-the softmax over levels is one number a pixel and level. The backward pass gathers: no atomics, results repeat bitwise.
+Names: b_ block values, o_ offsets, m_ masks; levels come as tuples of pointers. A program owns one group of channels
+(the softmax over levels is one number a pixel and level) along a part of one row. Three launches: one forward, two
+backward, whatever the number of levels. The backward pass gathers: no atomics, results repeat bitwise.
 """
 
 import torch
@@ -9,283 +10,238 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.runtime import INTERPRETING, accumulator, device_guard, needs_int64, pixel_strides
-
-# (BLOCK_D, BLOCK_N) elements of one program's tile: eight an element of a thread.
-WARPS = 4
-
-
-@triton.jit
-def real(value, ACC: tl.constexpr):
-    """An integer argument as a floating number; Triton turns an argument of 1 into a constant, which has no `.to`."""
-    return tl.full((), value, ACC)
-
-
-@triton.jit
-def source(o, scale, size, ACC: tl.constexpr):
-    """F.interpolate(align_corners=False): lower index, upper index and the upper's weight of target positions o."""
-    position = tl.maximum((o.to(ACC) + 0.5) * scale - 0.5, 0.0)
-    low = tl.minimum(position.to(tl.int32), size - 1)
-    high = tl.minimum(low + 1, size - 1)
-    return low, high, position - low.to(ACC)
+from kernels.aggregation.plan import plan_gradient, plan_target
+from kernels.aggregation.sampling import (
+    ALIGN,
+    COPY,
+    deal,
+    first_reached,
+    inside,
+    sample_row,
+    sample_tile,
+    weight_of,
+    widen,
+)
+from kernels.runtime import accumulator, device_guard
 
 
 @triton.jit
-def taps(o_y, o_x, h, w, HEIGHT, WIDTH, stride_y, stride_x, ACC: tl.constexpr, WIDE: tl.constexpr):
-    """Element offsets and weights of the four source pixels of every target pixel."""
-    y0, y1, fy = source(o_y, real(h, ACC) / HEIGHT, h, ACC)
-    x0, x1, fx = source(o_x, real(w, ACC) / WIDTH, w, ACC)
-    if WIDE:
-        y0, y1, x0, x1 = y0.to(tl.int64), y1.to(tl.int64), x0.to(tl.int64), x1.to(tl.int64)
-    y0, y1, x0, x1 = y0 * stride_y, y1 * stride_y, x0 * stride_x, x1 * stride_x
-    low, high = 1.0 - fy, fy
-    return (y0 + x0, y0 + x1, y1 + x0, y1 + x1), (low * (1.0 - fx), low * fx, high * (1.0 - fx), high * fx)
-
-
-@triton.jit
-def sample_row(ptr, offsets, weights, mask, ACC: tl.constexpr):
-    """Bilinear sample of one channel at the target pixels."""
-    total = weights[0] * tl.load(ptr + offsets[0], mask=mask, other=0.0).to(ACC)
-    total += weights[1] * tl.load(ptr + offsets[1], mask=mask, other=0.0).to(ACC)
-    total += weights[2] * tl.load(ptr + offsets[2], mask=mask, other=0.0).to(ACC)
-    total += weights[3] * tl.load(ptr + offsets[3], mask=mask, other=0.0).to(ACC)
-    return total
-
-
-@triton.jit
-def sample_tile(ptr, o_channel, offsets, weights, mask, ACC: tl.constexpr):
-    """Bilinear samples [channels, pixels]; o_channel: element offsets of the channels."""
-    rows = ptr + o_channel[:, None]
-    total = weights[0][None, :] * tl.load(rows + offsets[0][None, :], mask=mask, other=0.0).to(ACC)
-    total += weights[1][None, :] * tl.load(rows + offsets[1][None, :], mask=mask, other=0.0).to(ACC)
-    total += weights[2][None, :] * tl.load(rows + offsets[2][None, :], mask=mask, other=0.0).to(ACC)
-    total += weights[3][None, :] * tl.load(rows + offsets[3][None, :], mask=mask, other=0.0).to(ACC)
-    return total
-
-
-@triton.jit
-def widen(o, WIDE: tl.constexpr):
-    if WIDE:
-        o = o.to(tl.int64)
-    return o
+def place(pid, G, parts, height, length):
+    """(sample, group, row, first pixel, number of sample and group) of a program; neighbours share the pixels."""
+    pid_g, rest = pid % G, pid // G
+    x_first = (rest % parts).to(tl.int32) * length
+    rest = rest // parts
+    o_y, pid_b = (rest % height).to(tl.int32), (rest // height).to(tl.int64)
+    return pid_b, pid_g, o_y, x_first, pid_b * G + pid_g
 
 
 @triton.jit
 def aggregate_kernel(
-    values, logits, heights, widths, value_strides, logit_strides, out, lse, G, HEIGHT, WIDTH, sob, soc, son,
-    LEVELS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    values, logits, heights, widths, scales_y, scales_x, value_strides, logit_strides,
+    out, lse, G, HEIGHT, WIDTH, sob, soc, soy, sox,
+    WINDOWS: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """P of one group of GROUP channels at a block of target pixels. Grid: (B·G·pixel blocks, tiles of the group)."""
-    N = HEIGHT * WIDTH
-    blocks = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0).to(tl.int64)
-    pid_bg = pid // blocks
-    pid_b, pid_g = pid_bg // G, pid_bg % G
-    o_n = (pid % blocks).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """P of one group of GROUP channels along BLOCK_N targets of a row. Grid: (B·H·parts of a row·G, tiles of GROUP)."""
+    parts = tl.cdiv(WIDTH, BLOCK_N)
+    pid_b, pid_g, o_y, x_first, pid_bg = place(tl.program_id(0), G, parts, HEIGHT, BLOCK_N)
+    o_x = x_first + tl.arange(0, BLOCK_N)
+    m_x = o_x < WIDTH
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_n = o_n < N
-    mask = (o_d < GROUP)[:, None] & m_n[None, :]
-    o_y, o_x = o_n // WIDTH, o_n % WIDTH
+    m_d = o_d < GROUP
     o_c = pid_g * GROUP + o_d
-    # Online softmax over the levels: highest logit so far, sum of exponentials, weighted sum of values.
-    b_top = tl.full((BLOCK_N,), float("-inf"), ACC)
-    b_sum = tl.zeros((BLOCK_N,), ACC)
+    b_top, b_sum = tl.full((BLOCK_N,), float("-inf"), ACC), tl.zeros((BLOCK_N,), ACC)
+    shares = ()
+    for level in tl.static_range(LEVELS):
+        sb, sc, sy, sx = logit_strides[level]
+        b_logit = sample_row(
+            logits[level] + pid_b * sb + widen(pid_g, WIDE) * sc, sy, sx, o_y, x_first, o_x, m_x, heights[level],
+            widths[level], scales_y[level], scales_x[level], WINDOWS[level], ACC, WIDE,
+        )  # fmt: skip
+        b_top = tl.maximum(b_top, b_logit, propagate_nan=tl.PropagateNan.ALL)
+        shares = shares + (b_logit,)  # noqa: RUF005 (Triton knows no unpacking here)
+    for level in tl.static_range(LEVELS):
+        b_sum += tl.exp(shares[level] - b_top)
+    b_inverse = tl.fdiv(tl.full((BLOCK_N,), 1.0, ACC), b_sum, ieee_rounding=True)
     b_out = tl.zeros((BLOCK_D, BLOCK_N), ACC)
     for level in tl.static_range(LEVELS):
-        h, w = heights[level], widths[level]
-        sb, sc, sy, sx = logit_strides[level]
-        o_tap, b_tap = taps(o_y, o_x, h, w, HEIGHT, WIDTH, sy, sx, ACC, WIDE)
-        b_logit = sample_row(logits[level] + pid_b * sb + pid_g * sc, o_tap, b_tap, m_n, ACC)
         sb, sc, sy, sx = value_strides[level]
-        o_tap, b_tap = taps(o_y, o_x, h, w, HEIGHT, WIDTH, sy, sx, ACC, WIDE)
-        b_value = sample_tile(values[level] + pid_b * sb, o_c * sc, o_tap, b_tap, mask, ACC)
-        b_new = tl.maximum(b_top, b_logit, propagate_nan=tl.PropagateNan.ALL)
-        b_fade, b_share = tl.exp(b_top - b_new), tl.exp(b_logit - b_new)
-        b_out = b_out * b_fade[None, :] + b_value * b_share[None, :]
-        b_sum = b_sum * b_fade + b_share
-        b_top = b_new
-    b_out = (b_out / b_sum[None, :]).to(out.dtype.element_ty)
-    o_out = widen(o_c, WIDE)[:, None] * soc + widen(o_n, WIDE)[None, :] * son
-    tl.store(out + pid_b * sob + o_out, b_out, mask=mask)
+        b_value = sample_tile(
+            values[level] + pid_b * sb, o_c, m_d, sc, sy, sx, o_y, x_first, o_x, m_x, heights[level], widths[level],
+            scales_y[level], scales_x[level], WINDOWS[level], ACC, WIDE,
+        )  # fmt: skip
+        b_out += (tl.exp(shares[level] - b_top) * b_inverse)[None, :] * b_value
+    o_out = (widen(o_c, WIDE) * soc)[:, None] + (widen(o_y, WIDE) * soy + widen(o_x, WIDE) * sox)[None, :]
+    tl.store(out + pid_b * sob + o_out, b_out.to(out.dtype.element_ty), mask=m_d[:, None] & m_x[None, :])
     if tl.program_id(1) == 0:
-        tl.store(lse + pid_bg * N + o_n, b_top + tl.log(b_sum), mask=m_n)
+        o_row = (pid_bg * HEIGHT + o_y) * WIDTH + o_x
+        tl.store(lse + o_row, b_top + tl.log(b_sum), mask=m_x)
 
 
 @triton.jit
 def share_kernel(
-    dp, values, logits, heights, widths, value_strides, logit_strides, lse, share, d_share, mean, BG, G,
-    HEIGHT, WIDTH, spb, spc, spn,
-    LEVELS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    dp, values, logits, heights, widths, scales_y, scales_x, value_strides, logit_strides,
+    lse, share, slope, BG, G, HEIGHT, WIDTH, spb, spc, spy, spx,
+    WINDOWS: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Per target pixel and group: w_l, ∂L/∂w_l = Σ_c dP Ṽ_l, and Σ_l w_l ∂L/∂w_l. Grid: (B·G·pixel blocks,)."""
-    N = HEIGHT * WIDTH
-    blocks = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0).to(tl.int64)
-    pid_bg = pid // blocks
-    pid_b, pid_g = pid_bg // G, pid_bg % G
-    o_n = (pid % blocks).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < N
-    o_y, o_x = o_n // WIDTH, o_n % WIDTH
-    o_row = pid_bg * N + o_n
-    level_size = tl.full((), BG, tl.int64) * N
-    b_lse = tl.load(lse + o_row, mask=m_n, other=0.0)
+    """Per target and group: shares w_l, ∂L/∂ã_l = w_l (u_l − Σ w u), u_l = Σ_c dP_c Ṽ_l,c. Grid: (B·H·parts·G,)."""
+    parts = tl.cdiv(WIDTH, BLOCK_N)
+    pid_b, pid_g, o_y, x_first, pid_bg = place(tl.program_id(0), G, parts, HEIGHT, BLOCK_N)
+    o_x = x_first + tl.arange(0, BLOCK_N)
+    m_x = o_x < WIDTH
+    o_row = (pid_bg * HEIGHT + o_y) * WIDTH + o_x
+    size = tl.full((), BG, tl.int64) * HEIGHT * WIDTH  # of one level's shares
+    b_lse = tl.load(lse + o_row, mask=m_x, other=0.0)
     b_mean = tl.zeros((BLOCK_N,), ACC)
+    shares, grads = (), ()
     for level in tl.static_range(LEVELS):
-        h, w = heights[level], widths[level]
+        h, w, scale_y, scale_x = heights[level], widths[level], scales_y[level], scales_x[level]
         sb, sc, sy, sx = logit_strides[level]
-        o_tap, b_tap = taps(o_y, o_x, h, w, HEIGHT, WIDTH, sy, sx, ACC, WIDE)
-        b_share = tl.exp(sample_row(logits[level] + pid_b * sb + pid_g * sc, o_tap, b_tap, m_n, ACC) - b_lse)
+        b_logit = sample_row(
+            logits[level] + pid_b * sb + widen(pid_g, WIDE) * sc, sy, sx, o_y, x_first, o_x, m_x, h, w,
+            scale_y, scale_x, WINDOWS[level], ACC, WIDE,
+        )  # fmt: skip
+        b_share = tl.exp(b_logit - b_lse)
         sb, sc, sy, sx = value_strides[level]
-        o_tap, b_tap = taps(o_y, o_x, h, w, HEIGHT, WIDTH, sy, sx, ACC, WIDE)
         b_grad = tl.zeros((BLOCK_N,), ACC)
         for d in range(0, GROUP, BLOCK_D):
             o_d = d + tl.arange(0, BLOCK_D)
-            mask = (o_d < GROUP)[:, None] & m_n[None, :]
-            o_c = pid_g * GROUP + o_d
-            o_p = widen(o_c, WIDE)[:, None] * spc + widen(o_n, WIDE)[None, :] * spn
-            b_dp = tl.load(dp + pid_b * spb + o_p, mask=mask, other=0.0).to(ACC)
-            b_grad += tl.sum(sample_tile(values[level] + pid_b * sb, o_c * sc, o_tap, b_tap, mask, ACC) * b_dp, 0)
+            m_d, o_c = o_d < GROUP, pid_g * GROUP + o_d
+            o_p = (widen(o_c, WIDE) * spc)[:, None] + (widen(o_y, WIDE) * spy + widen(o_x, WIDE) * spx)[None, :]
+            b_dp = tl.load(dp + pid_b * spb + o_p, mask=m_d[:, None] & m_x[None, :], other=0.0).to(ACC)
+            b_value = sample_tile(
+                values[level] + pid_b * sb, o_c, m_d, sc, sy, sx, o_y, x_first, o_x, m_x, h, w, scale_y, scale_x,
+                WINDOWS[level], ACC, WIDE,
+            )  # fmt: skip
+            b_grad += tl.sum(b_value * b_dp, 0)
         b_mean += b_share * b_grad
-        tl.store(share + level * level_size + o_row, b_share, mask=m_n)
-        tl.store(d_share + level * level_size + o_row, b_grad, mask=m_n)
-    tl.store(mean + o_row, b_mean, mask=m_n)
+        shares, grads = shares + (b_share,), grads + (b_grad,)  # noqa: RUF005 (Triton knows no unpacking here)
+    for level in tl.static_range(LEVELS):
+        tl.store(share + level * size + o_row, shares[level], mask=m_x)
+        tl.store(slope + level * size + o_row, shares[level] * (grads[level] - b_mean), mask=m_x)
 
 
 @triton.jit
-def first_reached(o, scale):
-    """First target that may sample source position o; the first source pixel also serves all targets before it."""
-    first = tl.floor((o - 0.5) / scale - 0.5).to(tl.int32)
-    return tl.where(o == 0, 0, tl.maximum(first, 0))
+def gather_rows(
+    dp, share, slope, o_c, m_d, o_y, o_m, m_m, first, last, h, w, scale_y, scale_x, inverse_y, inverse_x,
+    reach_y, reach_x, HEIGHT, WIDTH, spc, spy, spx,
+    BLOCK_T: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradients [channels, sources o_m] and [sources] of a part of row o_y of one level.
 
-
-@triton.jit
-def weight_of(o, o_target, scale, size):
-    """Weight with which target o_target samples source o along one axis: the hat function of the clamped position."""
-    position = tl.minimum(tl.maximum((o_target + 0.5) * scale - 0.5, 0.0), size - 1.0)
-    return tl.maximum(1.0 - tl.abs(position - o), 0.0)
+    Every target row that sampled this row is read once, in whole rows, and summed by its weights along y; then each
+    source takes its targets out of the sum, by their weights along x and in their order.
+    """
+    b_value = tl.zeros((o_c.shape[0], o_m.shape[0]), ACC)
+    b_logit = tl.zeros((o_m.shape[0],), ACC)
+    y_first, b_first = first_reached(o_y, inverse_y, ACC), first_reached(o_m, inverse_x, ACC)
+    start = first_reached(first, inverse_x, ACC) // ALIGN * ALIGN
+    stop = tl.minimum(first_reached(last, inverse_x, ACC) + reach_x, WIDTH)
+    for x_first in range(start, stop, BLOCK_T):
+        o_x = x_first + tl.arange(0, BLOCK_T)
+        b_sum = tl.zeros((o_c.shape[0], BLOCK_T), ACC)
+        b_slopes = tl.zeros((BLOCK_T,), ACC)
+        for row in range(reach_y):
+            t_y = y_first + row
+            b_y = weight_of(o_y, t_y, scale_y, h, ACC)
+            # A target of weight zero is not read: it may hold NaN.
+            m_t = o_x < tl.where((t_y < HEIGHT) & (b_y > 0.0), WIDTH, 0)
+            o_t = t_y * WIDTH + o_x
+            b_share = b_y * tl.load(share + o_t, mask=m_t, other=0.0)
+            b_slopes += b_y * tl.load(slope + o_t, mask=m_t, other=0.0)
+            o_p = (widen(o_c, WIDE) * spc)[:, None] + (widen(t_y, WIDE) * spy + widen(o_x, WIDE) * spx)[None, :]
+            b_sum += b_share[None, :] * tl.load(dp + o_p, mask=m_d[:, None] & m_t[None, :], other=0.0).to(ACC)
+        for column in range(reach_x):
+            t_x = b_first + column
+            b_x = weight_of(o_m, t_x, scale_x, w, ACC)
+            here = m_m & (b_x > 0.0) & (t_x >= x_first) & (t_x < tl.minimum(x_first + BLOCK_T, WIDTH))
+            index = inside(t_x - x_first, BLOCK_T)
+            b_value += tl.where(here[None, :], b_x[None, :] * deal(b_sum, index), 0.0)
+            b_logit += tl.where(here, b_x * tl.gather(b_slopes, index, 0), 0.0)
+    return b_value, b_logit
 
 
 @triton.jit
 def level_gradient_kernel(
-    dp, share, d_share, mean, d_value, d_logit, G, h, w, HEIGHT, WIDTH, rows, columns,
-    spb, spc, spn, svb, svc, svn, sab, sac, san,
-    GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    dp, share, slope, d_values, d_logits, heights, widths, scales_y, scales_x, inverses_y, inverses_x,
+    reaches_y, reaches_x, lengths, firsts, stops, value_strides, logit_strides,
+    BG, G, HEIGHT, WIDTH, spb, spc, spy, spx,
+    BLOCKS_M: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one level: every source pixel gathers the targets that sampled it, at most rows × columns of them.
+    """Gradients of all levels: every source pixel gathers the targets that sampled it.
 
-    Grid: (B·G·source blocks, tiles of the group).
+    Programs firsts[l] to stops[l] own level l. Grid: (Σ_l B·h_l·parts of a row·G, tiles of the group).
     """
-    N, n = HEIGHT * WIDTH, h * w
-    blocks = tl.cdiv(n, BLOCK_N)
-    pid = tl.program_id(0).to(tl.int64)
-    pid_bg = pid // blocks
-    pid_b, pid_g = pid_bg // G, pid_bg % G
-    o_m = (pid % blocks).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m = o_m < n
-    o_y, o_x = o_m // w, o_m % w
+    pid = tl.program_id(0)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < GROUP
-    o_c = pid_g * GROUP + o_d
-    share += pid_bg * N
-    d_share += pid_bg * N
-    mean += pid_bg * N
-    dp += pid_b * spb
-    size_y, size_x = real(h, ACC), real(w, ACC)
-    scale_y, scale_x = size_y / HEIGHT, size_x / WIDTH
-    y, x = o_y.to(ACC), o_x.to(ACC)
-    first_y, first_x = first_reached(y, scale_y), first_reached(x, scale_x)
-    b_value = tl.zeros((BLOCK_D, BLOCK_N), ACC)
-    b_logit = tl.zeros((BLOCK_N,), ACC)
-    for row in range(rows):
-        t_y = first_y + row
-        b_wy = tl.where(m_m & (t_y < HEIGHT), weight_of(y, t_y.to(ACC), scale_y, size_y), 0.0)
-        for column in range(columns):
-            t_x = first_x + column
-            b_w = b_wy * weight_of(x, t_x.to(ACC), scale_x, size_x)
-            m_t = (b_w > 0.0) & (t_x < WIDTH)  # a target of weight zero may hold NaN
-            o_t = t_y * WIDTH + t_x
-            b_share = tl.load(share + o_t, mask=m_t, other=0.0) * b_w
-            b_slope = tl.load(d_share + o_t, mask=m_t, other=0.0) - tl.load(mean + o_t, mask=m_t, other=0.0)
-            b_logit += b_share * b_slope
-            o_p = widen(o_c, WIDE)[:, None] * spc + widen(o_t, WIDE)[None, :] * spn
-            b_dp = tl.load(dp + o_p, mask=m_d[:, None] & m_t[None, :], other=0.0).to(ACC)
-            b_value += b_dp * b_share[None, :]
-    o_v = widen(o_c, WIDE)[:, None] * svc + widen(o_m, WIDE)[None, :] * svn
-    mask = m_d[:, None] & m_m[None, :]
-    tl.store(d_value + pid_b * svb + o_v, b_value.to(d_value.dtype.element_ty), mask=mask)
-    if tl.program_id(1) == 0:
-        o_a = widen(o_m, WIDE) * san
-        tl.store(d_logit + pid_b * sab + pid_g * sac + o_a, b_logit.to(d_logit.dtype.element_ty), mask=m_m)
+    size = tl.full((), BG, tl.int64) * HEIGHT * WIDTH
+    for level in tl.static_range(LEVELS):
+        if (pid >= firsts[level]) & (pid < stops[level]):
+            h, w, length = heights[level], widths[level], lengths[level]
+            parts = tl.cdiv(w, length)
+            pid_b, pid_g, o_y, x_first, pid_bg = place(pid - firsts[level], G, parts, h, length)
+            o_c = pid_g * GROUP + o_d
+            o_plane = level * size + pid_bg * HEIGHT * WIDTH
+            b_dp = dp + pid_b * spb
+            if BLOCKS_M[level] == COPY:
+                o_m = x_first + tl.arange(0, BLOCK_T)
+                m_m = o_m < w
+                o_t = o_y * WIDTH + o_m
+                b_share = tl.load(share + o_plane + o_t, mask=m_m, other=0.0)
+                o_p = (widen(o_c, WIDE) * spc)[:, None] + (widen(o_y, WIDE) * spy + widen(o_m, WIDE) * spx)[None, :]
+                b_value = b_share[None, :] * tl.load(b_dp + o_p, mask=m_d[:, None] & m_m[None, :], other=0.0).to(ACC)
+                b_logit = tl.load(slope + o_plane + o_t, mask=m_m, other=0.0)
+            else:
+                o_m = x_first + tl.arange(0, BLOCKS_M[level])
+                last = tl.minimum(x_first + length, w) - 1
+                m_m = o_m <= last
+                b_value, b_logit = gather_rows(
+                    b_dp, share + o_plane, slope + o_plane, o_c, m_d, o_y, o_m, m_m, x_first, last, h, w,
+                    scales_y[level], scales_x[level], inverses_y[level], inverses_x[level],
+                    reaches_y[level], reaches_x[level], HEIGHT, WIDTH, spc, spy, spx, BLOCK_T, ACC, WIDE,
+                )  # fmt: skip
+            sb, sc, sy, sx = value_strides[level]
+            o_v = (widen(o_c, WIDE) * sc)[:, None] + (widen(o_y, WIDE) * sy + widen(o_m, WIDE) * sx)[None, :]
+            d_value = d_values[level] + pid_b * sb
+            tl.store(d_value + o_v, b_value.to(d_value.dtype.element_ty), mask=m_d[:, None] & m_m[None, :])
+            if tl.program_id(1) == 0:
+                sb, sc, sy, sx = logit_strides[level]
+                d_logit = d_logits[level] + pid_b * sb + widen(pid_g, WIDE) * sc
+                o_a = widen(o_y, WIDE) * sy + widen(o_m, WIDE) * sx
+                tl.store(d_logit + o_a, b_logit.to(d_logit.dtype.element_ty), mask=m_m)
 
 
-def _tile(group: int) -> tuple[int, int]:
-    """BLOCK_D channels and BLOCK_N pixels of one program, from the group's width alone."""
-    if INTERPRETING:
-        return min(16, triton.next_power_of_2(group)), 64
-    block_d = min(32, triton.next_power_of_2(group))
-    return block_d, 1024 // block_d
-
-
-def _level_strides(levels) -> tuple:
-    return tuple(tuple(level.stride()) for level in levels)
-
-
-def _flat_view(plane: Tensor) -> Tensor:
-    B, C, H, W = plane.shape
-    return plane.as_strided((B, C, H * W), pixel_strides(plane))
-
-
-def _options(*maps: Tensor) -> dict:
-    dtype = maps[0].dtype
-    wide = needs_int64(*(_flat_view(m) for m in maps))
-    return {"ACC": tl.float64 if dtype == torch.float64 else tl.float32, "WIDE": wide, "num_warps": WARPS}
+def _types(dtype: torch.dtype) -> dict:
+    return {"ACC": tl.float64 if dtype == torch.float64 else tl.float32}
 
 
 def forward_pass(values, logits, out: Tensor) -> Tensor:
     """Writes P into out [B, D, H, W] and returns the log-sum-exp of the resampled logits [B, G, H, W]."""
-    B, D, H, W = out.shape
+    B, _, H, W = out.shape
     G = logits[0].shape[1]
     lse = torch.empty((B, G, H, W), dtype=accumulator(out.dtype), device=out.device)
-    block_d, block_n = _tile(D // G)
-    grid = (B * G * triton.cdiv(H * W, block_n), triton.cdiv(D // G, block_d))
+    plan = plan_target(values, logits, out)
     with device_guard(out):
-        aggregate_kernel[grid](
-            tuple(values), tuple(logits), tuple(v.shape[2] for v in values), tuple(v.shape[3] for v in values),
-            _level_strides(values), _level_strides(logits), out, lse, G, H, W, *pixel_strides(out),
-            LEVELS=len(values), GROUP=D // G, BLOCK_D=block_d, BLOCK_N=block_n, **_options(out, *values),
-        )  # fmt: skip
+        aggregate_kernel[plan.grid](
+            *plan.levels, out, lse, G, H, W, *out.stride(), **plan.constants, **_types(out.dtype)
+        )
     return lse
 
 
 def backward_pass(dp: Tensor, values, logits, lse: Tensor, d_values, d_logits) -> None:
     """Writes the gradients of every level into d_values and d_logits."""
-    B, D, H, W = dp.shape
+    B, _, H, W = dp.shape
     G, L = logits[0].shape[1], len(values)
-    share = torch.empty((L, B, G, H * W), dtype=lse.dtype, device=dp.device)
-    d_share, mean = torch.empty_like(share), torch.empty_like(share[0])
-    block_d, block_n = _tile(D // G)
-    tile = {"GROUP": D // G, "BLOCK_D": block_d, "BLOCK_N": block_n}
+    share = torch.empty((L, B, G, H, W), dtype=lse.dtype, device=dp.device)
+    slope = torch.empty_like(share)
+    plan = plan_target(values, logits, dp)
+    gradient = plan_gradient(d_values, d_logits, dp)
+    target = (B * G, G, H, W, *dp.stride())
     with device_guard(dp):
-        share_kernel[(B * G * triton.cdiv(H * W, block_n),)](
-            dp, tuple(values), tuple(logits), tuple(v.shape[2] for v in values), tuple(v.shape[3] for v in values),
-            _level_strides(values), _level_strides(logits), lse, share, d_share, mean, B * G, G, H, W,
-            *pixel_strides(dp), LEVELS=L, **tile, **_options(dp, *values),
-        )  # fmt: skip
-        # Half the pixels a program: a coarse level has few of them, and each gathers many targets.
-        block_n = max(16, block_n // 2)
-        tile["BLOCK_N"] = block_n
-        for level, (d_value, d_logit) in enumerate(zip(d_values, d_logits, strict=True)):
-            h, w = d_value.shape[2:]
-            grid = (B * G * triton.cdiv(h * w, block_n), triton.cdiv(D // G, block_d))
-            level_gradient_kernel[grid](
-                dp, share[level], d_share[level], mean, d_value, d_logit, G, h, w, H, W,
-                _reach(H, h), _reach(W, w), *pixel_strides(dp), *pixel_strides(d_value), *pixel_strides(d_logit),
-                **tile, **_options(dp, d_value),
-            )  # fmt: skip
-
-
-def _reach(size: int, level: int) -> int:
-    """Most targets along one axis that may sample one source pixel: two source steps, and rounding at both ends."""
-    return min(size, -(-2 * size // level) + 2)
+        share_kernel[plan.grid[:1]](dp, *plan.levels, lse, share, slope, *target, **plan.constants, **_types(dp.dtype))
+        level_gradient_kernel[gradient.grid](
+            dp, share, slope, *gradient.levels, *target, **gradient.constants, **_types(dp.dtype)
+        )

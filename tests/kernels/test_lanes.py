@@ -33,7 +33,7 @@ ALGEBRA = (
     *("sum_kernel", "project_kernel", "attend_kernel", "fold_kernel", "output_gradient_kernel"),
     *("attend_gradient_kernel", "input_gradient_kernel", "weight_gradient_kernel"),
 )
-# Bilinear gathers from NCHW levels are scalar by nature: neighbouring targets share or skip source pixels.
+# Coarse levels' rows hold fewer pixels than fill 128-bit loads of all threads, and logits are one channel.
 GATHERS = ("aggregate_kernel", "share_kernel", "level_gradient_kernel")
 
 
