@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels import compiled, routes
 from kernels.aggregation.ops import AggregateLevels
+from kernels.aggregation.reference import composed_aggregation
 from kernels.runtime import as_plane, check_maps, choose
 
 
@@ -19,9 +21,11 @@ def aggregate_levels(
     samples are those of F.interpolate(mode="bilinear", align_corners=False).
 
     dtype: all levels are cast to the dtype of values[0], which is P's, also under autocast; sampling, softmax and sums
-    run in float32 (float64 where the values are). impl: "auto" takes the Triton kernels on a GPU (float32, float16,
-    bfloat16) and the PyTorch reference elsewhere; "triton" and "reference" never fall back. Differentiable once,
-    bitwise repeatable with the kernels and on CPU. Raises ValueError naming the argument.
+    run in float32 (float64 where the values are). impl: "auto" takes what `kernels.routes` has for these
+    channels and dtype (see kernels.check); without, the Triton kernels on a GPU (float32, float16, bfloat16; the
+    composed form beyond), and the chunked PyTorch reference on a CPU. "triton", "reference", "composed" and "compiled"
+    (plain PyTorch with all in memory, as it is or through torch.compile) never fall back. Differentiable once, bitwise
+    repeatable with the kernels and on CPU. Raises ValueError naming the argument.
 
     Source: METHOD of this project after Wang et al., arXiv 2302.06898 (their code is not public: the form is ours).
     """
@@ -48,9 +52,13 @@ def aggregate_levels(
         raise ValueError("size: expected two whole numbers (height, width)")
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"size: expected (height, width), both positive, got {size!r}")
-    kernel = choose(impl, values[0]) == "triton"
     dtype = values[0].dtype
+    route = choose(impl, values[0], chosen=routes.chosen(("aggregation", D, G, dtype), values[0]))
+    routes.note_aggregation(values, G, tuple(size))
     # The operators are opaque to autocast: every dtype is settled here, whatever region the caller is in.
     with torch.autocast(values[0].device.type, enabled=False):
-        levels = [as_plane(level.to(dtype)) for level in (*values, *logits)]
-        return AggregateLevels.apply(size[0], size[1], kernel, *levels)
+        levels = [level.to(dtype) for level in (*values, *logits)]
+        if route in ("composed", "compiled"):
+            call = (levels[: len(values)], levels[len(values) :], tuple(size))
+            return composed_aggregation(*call) if route == "composed" else compiled.run(composed_aggregation, *call)
+        return AggregateLevels.apply(size[0], size[1], route == "triton", *map(as_plane, levels))
