@@ -173,7 +173,7 @@ def chosen(group: Group, *maps: Tensor) -> str | None:
 @contextlib.contextmanager
 def record() -> Iterator[dict[Case, None]]:
     """Collect, as the keys of a dictionary in their order, the cases of all calls in the block, whatever their device
-    (fake and meta tensors too). Calls inside a compiled graph, and in float64, are not seen."""
+    (fake tensors too). Calls inside a compiled graph, and in float64, are not seen."""
     found: dict[Case, None] = {}
     _recorded.append(found)
     try:

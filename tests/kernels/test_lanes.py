@@ -45,7 +45,7 @@ def lanes(tmp_path_factory) -> dict[str, Future]:
 
     pool = ThreadPoolExecutor(max_workers=os.cpu_count())
     started = {}
-    for name in ("attention", "aggregation"):
+    for name in ("attention", "aggregation", "judge"):
         pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{HERE}/test_{name}.py"]
         started[name] = pool.submit(run, name, pytest_command, TRITON_INTERPRET="1")
     for target in TARGETS:
@@ -61,7 +61,7 @@ def release(package: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-@pytest.mark.parametrize("operation", ["attention", "aggregation"])
+@pytest.mark.parametrize("operation", ["attention", "aggregation", "judge"])
 def test_kernels_pass_the_same_tests_in_the_interpreter(lanes, operation):
     if release("triton") == (3, 6) and release("numpy") >= (2, 4):
         pytest.skip("Triton 3.6 interprets with NumPy below 2.4 only: pip install 'numpy<2.4' for this test")
