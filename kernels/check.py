@@ -42,7 +42,7 @@ from kernels.workers import ROOT, Conditions, judged
 
 # Names a module that the judging processes import first: tests break kernels with it.
 PRELOAD = "SHARPPRIOR_CHECK_PRELOAD"
-BUDGET_S = 120.0
+BUDGET_S = 60.0
 # A right launch table gives way to a faster route only where that is clearly faster, and costs next to no memory.
 FASTER, EXTRA_MIB = 0.9, 64.0
 
@@ -80,6 +80,7 @@ def check(
     *,
     strict: bool = False,
     budget_s: float = BUDGET_S,
+    search: bool = True,
     limit_s: float = 240.0,
     again: bool = False,
     tell: Callable[[str], None] = print,
@@ -88,11 +89,15 @@ def check(
 ) -> list[Decision]:
     """Judge what is not yet known of the cases, and decide the route of each group.
 
-    The launch table is always judged, and where it is wrong every other route; what only looks for something faster
-    begins within `budget_s`. tell: takes lines for people. on_result: called with every finding, the known ones first.
-    alive: called every second. Raises WrongKernelsError where no route of a group is right, and with `strict` where
-    the launch table is not.
+    The launch table is always judged, and where it is wrong every other route. On a GPU something faster is looked for
+    too: no case of that begins after `budget_s` seconds, and without `search` none where all cases were known.
+
+    tell: takes lines for people. on_result: called with every finding, the known ones first. alive: called every
+    second. again: nothing is known. limit_s: of one case, compilation included. Raises WrongKernelsError where no route
+    of a group is right, and with `strict` where the launch table is not.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     cases = list(dict.fromkeys(cases))
     if skipped := [case for case in cases if INTERPRETING and case.dtype == "bfloat16"]:
         tell(f"kernels: {len(skipped)} bfloat16 cases are not judged: Triton's interpreter computes it wrongly")
@@ -110,12 +115,13 @@ def check(
             verdict.add(case, route, result)
             on_result(case, route, result)
 
+    search = search or any(DEFAULT not in verdict.results.get(case, {}) for case in cases)
     run(DEFAULT, cases)
     failing = {case.group for case in cases if not verdict.results[case][DEFAULT]["right"]}
     for route in ROUTES[1:]:
         if route != "compiled" or device.type == "cuda":
             run(route, [case for case in cases if case.group in failing])
-    if device.type == "cuda":
+    if device.type == "cuda" and search:
         deadline = time.monotonic() + budget_s
         for route in ("composed", "compiled"):
             run(route, [case for case in cases if case.group not in failing], deadline)

@@ -54,10 +54,10 @@ def judge(case: Case, route: str, device: torch.device, *, timed: bool = False) 
     except torch.OutOfMemoryError:
         return {"right": False, "why": "out of memory", "passing": True}
     except Exception as error:  # whatever a kernel, a compiler or a driver may raise
-        text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        text = str(error).strip().partition("\n")[0]
         if "illegal memory access" in text:
             return {"right": False, "why": "illegal memory access", "fatal": True}
-        fatal = "CUDA error" in text or "HIP error" in text
+        fatal = any(sign in text for sign in ("CUDA error", "HIP error", "Triton Error ["))
         return {"right": False, "why": f"cannot run: {type(error).__name__}: {text}"[:300], "fatal": fatal}
     finally:
         use({})

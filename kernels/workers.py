@@ -35,8 +35,16 @@ class Conditions:
     alive: Callable[[], None] = lambda: None
 
 
+# A process that ends otherwise was ended by somebody, or by the system: that says nothing of the kernel.
+FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+
+
 class _DiedError(Exception):
-    """A worker that will say no more; its text says how it ended."""
+    """A worker that will say no more; its text says how it ended. lasting: it would do so again."""
+
+    def __init__(self, text: str, *, lasting: bool = False) -> None:
+        super().__init__(text)
+        self.lasting = lasting
 
 
 class _Worker:
@@ -49,7 +57,10 @@ class _Worker:
         # Our folder comes first: others have packages called `kernels` too.
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._noise}
-        self._process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, **pipes)
+        # In a session of its own: Ctrl-C at a terminal is for this process, and would look like a kernel's death there.
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, start_new_session=True, **pipes
+        )
         try:
             self._answer(conditions.start_s)
         except _DiedError as died:
@@ -63,7 +74,7 @@ class _Worker:
             self._process.stdin.write(json.dumps(case_to_json(case)).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise _DiedError(self._end()) from None
+            raise self._end() from None
         return self._answer(self._conditions.limit_s)
 
     def close(self) -> None:
@@ -82,28 +93,29 @@ class _Worker:
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise _DiedError(f"timed out after {limit_s:g} s")
+                raise _DiedError(f"timed out after {limit_s:g} s", lasting=True)
             if select.select([pipe], [], [], min(1.0, left))[0]:
                 read = os.read(pipe, 1 << 16)
                 if not read:
-                    raise _DiedError(self._end())
+                    raise self._end()
                 self._buffer += read
             self._conditions.alive()
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
 
-    def _end(self) -> str:
-        """How the process ended, in words."""
+    def _end(self) -> _DiedError:
+        """How the process ended."""
         try:
             code = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            return "closed its output"
+            return _DiedError("closed its output")
         if code < 0:
-            name = signal.Signals(-code).name
-            return f"died by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+            number = signal.Signals(-code)
+            more = " (out of memory?)" if number == signal.SIGKILL else ""
+            return _DiedError(f"died by {number.name}{more}", lasting=number in FAULTS)
         self._noise.seek(0)
         last = self._noise.read().decode(errors="replace").strip().splitlines()[-1:]
-        return f"ended with status {code}: {''.join(last)[:300]}"
+        return _DiedError(f"ended with status {code}: {''.join(last)[:300]}")
 
 
 def judged(
@@ -130,7 +142,7 @@ def judged(
             try:
                 result = worker.ask(case)
             except _DiedError as died:
-                result = {"right": False, "why": str(died)}
+                result = {"right": False, "why": str(died)} | ({} if died.lasting else {"passing": True})
             if not result["right"]:
                 worker.close()
                 worker = None

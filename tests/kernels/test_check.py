@@ -83,6 +83,7 @@ def test_a_process_that_dies_or_hangs_is_told_apart_and_the_rest_judged(monkeypa
         None,
     ]
     assert found[cases[-1]]["right"]
+    assert not any("passing" in each for each in found.values()), "these would happen again: they are kept"
     assert len(waited) > 20, "somebody is told every second that it goes on"
 
 
@@ -96,6 +97,14 @@ def test_a_process_that_cannot_start_is_told_and_kept_for_nobody(monkeypatch):
     }
     assert all(each["passing"] and not each["right"] for each in found.values())
     assert time.monotonic() - started < 60, "it was tried once"
+
+
+def test_a_process_that_somebody_ends_says_nothing_of_its_kernel(monkeypatch):
+    from kernels import workers
+
+    monkeypatch.setattr(workers._Worker, "ask", lambda self, case: self._process.kill() or self._answer(9))
+    (found,) = dict(judged("composed", [CASE], Conditions(CPU))).values()
+    assert found == {"right": False, "why": "died by SIGKILL (out of memory?)", "passing": True}
 
 
 def test_no_case_begins_after_the_deadline():
