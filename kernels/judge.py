@@ -70,7 +70,7 @@ def _task(case: Case, device: torch.device) -> _Task:
     if isinstance(case, AttentionCase):
         shape = (case.batch, case.channels, *size)
         x, p, weights = attention_case(shape, case.prior, case.heads, **options, drawn_on=drawn_on)
-        inputs = [x, p.contiguous(memory_format=_LAYOUTS[case.prior_layout]), *weights]
+        inputs = [x, p, *weights]
         maps, names = 2, ["y", "dx", "dp", *(f"d_{name}" for name in Weights._fields)]
 
         def call(t: Sequence[Tensor]) -> Tensor:

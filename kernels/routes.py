@@ -41,7 +41,6 @@ class AttentionCase:
     heads: int
     dtype: str
     layout: Layout = "NCHW"
-    prior_layout: Layout = "NCHW"
 
     operation = "attention"
 
@@ -50,15 +49,9 @@ class AttentionCase:
         """What its launches are chosen by."""
         return ("attention", self.channels, self.prior, _DTYPES[self.dtype])
 
-    @property
-    def layouts(self) -> tuple[bool, ...]:
-        """Whether x and p are channels_last."""
-        return (self.layout == "channels_last", self.prior_layout == "channels_last")
-
     def __str__(self) -> str:
         shape = f"{self.batch}×{self.channels}×{self.height}×{self.width}"
-        layout = self.layout if self.layout == self.prior_layout else f"{self.layout} (prior {self.prior_layout})"
-        return f"attention {shape}, D {self.prior}, heads {self.heads}, {self.dtype}, {layout}"
+        return f"attention {shape}, D {self.prior}, heads {self.heads}, {self.dtype}, {self.layout}"
 
 
 @dataclass(frozen=True)
@@ -80,11 +73,6 @@ class AggregationCase:
     def group(self) -> Group:
         """What its launches are chosen by."""
         return ("aggregation", self.channels, self.groups, _DTYPES[self.dtype])
-
-    @property
-    def layouts(self) -> tuple[bool, ...]:
-        """Whether the levels are channels_last."""
-        return (self.layout == "channels_last",)
 
     def __str__(self) -> str:
         levels = " ".join(f"{h}×{w}" for h, w in self.levels)
@@ -108,9 +96,7 @@ def case_from_json(given: object) -> Case:
     kind = _KINDS[given["operation"]]
     values = {name: value for name, value in given.items() if name != "operation"}
     known = {field.name for field in fields(kind)}
-    if (wrong := sorted(values.keys() - known)) or (
-        wrong := sorted(known - values.keys() - {"layout", "prior_layout"})
-    ):
+    if (wrong := sorted(values.keys() - known)) or (wrong := sorted(known - values.keys() - {"layout"})):
         raise ValueError(f"{kind.operation} case: {', '.join(wrong)}: unknown or missing; it has {sorted(known)}")
     try:
         if "levels" in values:
@@ -118,16 +104,15 @@ def case_from_json(given: object) -> Case:
         case = kind(**values)
         counts = [v for v in values.values() if isinstance(v, int)] + [n for s in values.get("levels", ()) for n in s]
         whole = all(type(getattr(case, f.name)) is int for f in fields(kind) if f.type == "int")
-        layouts = {values.get(name, "NCHW") for name in ("layout", "prior_layout")}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{kind.operation} case: {error}") from None
     parts = case.heads if kind is AttentionCase else case.groups
     if not whole or min(counts) < 1 or not values.get("levels", True) or case.channels % parts:
         raise ValueError(f"{kind.operation} case: sizes are positive whole numbers, heads and groups divide channels")
-    if case.dtype not in _DTYPES or not layouts <= {"NCHW", "channels_last"}:
+    if case.dtype not in _DTYPES or case.layout not in ("NCHW", "channels_last"):
         raise ValueError(
-            f"{kind.operation} case: dtype is one of {', '.join(_DTYPES)}, a layout NCHW or channels_last; got "
-            f"{case.dtype}, {', '.join(sorted(map(str, layouts)))}"
+            f"{kind.operation} case: dtype is one of {', '.join(_DTYPES)}, layout NCHW or channels_last; got "
+            f"{case.dtype}, {case.layout}"
         )
     return case
 
@@ -135,7 +120,8 @@ def case_from_json(given: object) -> Case:
 # -- the choice in this process ---------------------------------------------------------------------------------------
 
 _chosen: dict[Group, str] = {}
-_judged: set[tuple] = set()
+_judged: dict[Group, set[bool]] = {}
+_told: set[tuple] = set()
 _recorded: list[dict[Case, None]] = []
 
 
@@ -146,28 +132,41 @@ def use(choices: Mapping[Case, str]) -> None:
     """
     _chosen.clear()
     _judged.clear()
+    _told.clear()
     configs.TILED_GROUPS.clear()
     for case, route in choices.items():
         if route not in ROUTES:
             raise ValueError(f"route {route!r} is unknown; use one of {', '.join(ROUTES)}")
         assert _chosen.setdefault(case.group, route) == route, f"two routes for {case.group}"
-        _judged.add((*case.group, *case.layouts))
+        _judged.setdefault(case.group, set()).add(case.layout == "channels_last")
         if route == "triton-tiled":
             configs.TILED_GROUPS.add(case.group[1:])
 
 
-def chosen(group: Group, *maps: Tensor) -> str | None:
-    """The route that `use` gave this group, else None. Says once where a group, or the layout of its maps, was never
-    judged in a process that judges."""
+def chosen(group: Group, first: Tensor) -> tuple[str | None, Tensor]:
+    """The route that `use` gave the group of a call whose first map is `first`, and that map in a layout that was
+    judged. (None, first) where nothing was chosen at all.
+
+    In a process that judges, nothing unjudged runs on the kernels: a group that is not known takes the composed form,
+    an unjudged layout is turned into the judged one. Either is told once.
+    """
     if not _chosen:
-        return None
-    if not torch.compiler.is_compiling():
-        key = (*group, *(_last(tensor) for tensor in maps))
-        if key not in _judged:
-            _judged.add(key)
-            layouts = ", ".join("channels_last" if last else "NCHW" for last in key[4:])
-            _log.warning("kernels: %s %d %d %s %s was not checked before this run", *group, layouts)
-    return _chosen.get(group)
+        return None, first
+    route = _chosen.get(group)
+    if route is None:
+        _tell_once(group, "composed runs")
+        return "composed", first
+    if not route.startswith("triton") or _last(first) in _judged[group]:
+        return route, first
+    wanted = torch.contiguous_format if _last(first) else torch.channels_last
+    _tell_once((*group, layout_of(first)), "it is copied to the other layout")
+    return route, first.contiguous(memory_format=wanted)
+
+
+def _tell_once(key: tuple, instead: str) -> None:
+    if not torch.compiler.is_compiling() and key not in _told:
+        _told.add(key)
+        _log.warning("kernels: %s was not checked before this run: %s", " ".join(map(str, key)), instead)
 
 
 @contextlib.contextmanager
@@ -186,9 +185,7 @@ def note_attention(x: Tensor, p: Tensor, heads: int) -> None:
     """Tell those who record about a call."""
     if _recorded and not torch.compiler.is_compiling() and (dtype := str(x.dtype)[6:]) in _DTYPES:
         B, C, H, W = x.shape
-        case = AttentionCase(B, C, H, W, p.shape[1], heads, dtype, layout_of(x), layout_of(p))
-        for found in _recorded:
-            found[case] = None
+        _note(AttentionCase(B, C, H, W, p.shape[1], heads, dtype, layout_of(x)))
 
 
 def note_aggregation(values: Sequence[Tensor], groups: int, size: tuple[int, int]) -> None:
@@ -196,9 +193,12 @@ def note_aggregation(values: Sequence[Tensor], groups: int, size: tuple[int, int
     if _recorded and not torch.compiler.is_compiling() and (dtype := str(values[0].dtype)[6:]) in _DTYPES:
         B, D = values[0].shape[:2]
         levels = tuple((v.shape[2], v.shape[3]) for v in values)
-        case = AggregationCase(B, D, *size, groups, levels, dtype, layout_of(values[0]))
-        for found in _recorded:
-            found[case] = None
+        _note(AggregationCase(B, D, *size, groups, levels, dtype, layout_of(values[0])))
+
+
+def _note(case: Case) -> None:
+    for found in _recorded:
+        found[case] = None
 
 
 def layout_of(tensor: Tensor) -> Layout:

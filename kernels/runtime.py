@@ -102,6 +102,12 @@ def as_plane(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=memory_format(tensor))
 
 
+def plane_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A plane (see as_plane) laid out as `like`, so that a launch sees one layout: the one that was checked."""
+    wanted = memory_format(like)
+    return as_plane(tensor if memory_format(tensor) == wanted else tensor.contiguous(memory_format=wanted))
+
+
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last where neighbouring channels are neighbours in memory, else contiguous."""
     last = tensor.shape[1] > 1 and tensor.stride(1) == 1 and not tensor.is_contiguous()

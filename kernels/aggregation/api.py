@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels import compiled, routes
 from kernels.aggregation.ops import AggregateLevels
 from kernels.aggregation.reference import composed_aggregation
-from kernels.runtime import as_plane, check_maps, choose
+from kernels.runtime import check_maps, choose, memory_format, plane_like
 
 
 def aggregate_levels(
@@ -53,12 +53,15 @@ def aggregate_levels(
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"size: expected (height, width), both positive, got {size!r}")
     dtype = values[0].dtype
-    route = choose(impl, values[0], chosen=routes.chosen(("aggregation", D, G, dtype), values[0]))
+    chosen, values[0] = routes.chosen(("aggregation", D, G, dtype), values[0]) if impl == "auto" else (None, values[0])
+    route = choose(impl, values[0], chosen=chosen)
     routes.note_aggregation(values, G, tuple(size))
     # The operators are opaque to autocast: every dtype is settled here, whatever region the caller is in.
     with torch.autocast(values[0].device.type, enabled=False):
         levels = [level.to(dtype) for level in (*values, *logits)]
         if route in ("composed", "compiled"):
-            call = (levels[: len(values)], levels[len(values) :], tuple(size))
-            return composed_aggregation(*call) if route == "composed" else compiled.run(composed_aggregation, *call)
-        return AggregateLevels.apply(size[0], size[1], route == "triton", *map(as_plane, levels))
+            call = (composed_aggregation, levels[: len(values)], levels[len(values) :], tuple(size))
+            out = compiled.run(*call) if route == "compiled" else call[0](*call[1:])
+            return out.contiguous(memory_format=memory_format(values[0]))
+        planes = [plane_like(level, values[0]) for level in levels]
+        return AggregateLevels.apply(size[0], size[1], route == "triton", *planes)

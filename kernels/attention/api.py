@@ -7,7 +7,7 @@ from kernels import compiled, routes
 from kernels.attention.algebra import Weights
 from kernels.attention.ops import SemanticAttention
 from kernels.attention.reference import composed_attention
-from kernels.runtime import accumulator, as_plane, check_maps, check_parameters, choose
+from kernels.runtime import accumulator, as_plane, check_maps, check_parameters, choose, memory_format, plane_like
 
 MAX_CHANNELS = 512
 
@@ -69,15 +69,17 @@ def semantic_attention(
         for name, size in (("x", C), ("p", D))
         if size > MAX_CHANNELS
     ]
-    route = choose(impl, x, limits, routes.chosen(("attention", C, D, x.dtype), x, p))
+    chosen, x = routes.chosen(("attention", C, D, x.dtype), x) if impl == "auto" else (None, x)
+    route = choose(impl, x, limits, chosen)
     routes.note_attention(x, p, heads)
     acc = accumulator(x.dtype)
     # The operators are opaque to autocast: every dtype is settled here, whatever region the caller is in.
     with torch.autocast(x.device.type, enabled=False):
         p = p.to(x.dtype)
-        if route == "composed":
-            return composed_attention(x, p, given, float(eps))
-        if route == "compiled":
-            return compiled.run(composed_attention, x, p, given, float(eps))
+        if route in ("composed", "compiled"):
+            call = (composed_attention, x, p, given, float(eps))
+            y = compiled.run(*call) if route == "compiled" else call[0](*call[1:])
+            return y.contiguous(memory_format=memory_format(x))
         weights = [weight.to(acc).contiguous() for weight in given]
-        return SemanticAttention.apply(as_plane(x), as_plane(p), *weights, float(eps), route == "triton")
+        x = as_plane(x)
+        return SemanticAttention.apply(x, plane_like(p, x), *weights, float(eps), route == "triton")

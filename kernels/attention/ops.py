@@ -16,7 +16,7 @@ from kernels.attention.algebra import (
     modulation_backward,
     split_grams,
 )
-from kernels.runtime import accumulator, as_plane, new_map, pixel_strides
+from kernels.runtime import accumulator, new_map, pixel_strides, plane_like
 
 _LIBRARY = torch.library.Library("sharpprior", "FRAGMENT")
 _WEIGHTS = (
@@ -54,7 +54,7 @@ def backward(dy: Tensor, x: Tensor, p: Tensor, *rest) -> tuple[Tensor, ...]:
     """dx, dp and the eight weights' gradients."""
     *weights, mean, rstd, flat, kernel = rest
     passes, weights = _passes(kernel), Weights(*weights)
-    maps = (_flat(as_plane(dy)), _flat(x), _flat(p), mean, rstd)
+    maps = (_flat(plane_like(dy, x)), _flat(x), _flat(p), mean, rstd)
     dx, dp = new_map(x), new_map(p)
     d_modulation = passes.reduce_pass(*maps)
     grams = split_grams(flat, x.shape[1], p.shape[1])

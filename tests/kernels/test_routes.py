@@ -80,19 +80,19 @@ def test_more_shapes_than_dynamo_recompiles_are_all_compiled(monkeypatch):
     compiled._compiled.cache_clear()
 
 
-def test_a_choice_holds_for_its_group_alone(monkeypatch):
-    taken = []
+def test_a_choice_is_what_auto_runs_until_it_is_taken_back(monkeypatch):
     import kernels.attention.api as api
 
-    plain = api.composed_attention
-    monkeypatch.setattr(api, "composed_attention", lambda *a: taken.append(a[0].shape[1]) or plain(*a))
+    taken, plain = [], api.composed_attention
+    monkeypatch.setattr(api, "composed_attention", lambda *a: taken.append(a[0].shape) or plain(*a))
+    inputs = attention_case((1, 24, 4, 4), 16, 4)
+    call_attention(*inputs)
     use({ATTENTION: "composed"})
-    for channels in (24, 32):
-        call_attention(*attention_case((1, channels, 4, 4), 16, 4))
-    assert taken == [24]
+    call_attention(*inputs)
+    call_attention(*inputs, impl="reference")
     use({})
-    call_attention(*attention_case((1, 24, 4, 4), 16, 4))
-    assert taken == [24]
+    call_attention(*inputs)
+    assert taken == [(1, 24, 4, 4)]
 
 
 def test_the_tiled_route_reaches_the_launch_table():
@@ -103,20 +103,52 @@ def test_the_tiled_route_reaches_the_launch_table():
     assert not configs.TILED_GROUPS
 
 
-def test_what_was_never_judged_is_told_once(caplog, monkeypatch):
+def test_an_unjudged_layout_is_turned_into_the_judged_one_and_an_unjudged_group_is_composed(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("sharpprior"), "propagate", True)
-    use({ATTENTION: "composed"})
+    use({ATTENTION: "triton"})
+    dense, last = (attention_case((2, 24, 5, 3), 16, 4, channels_last=each)[0] for each in (False, True))
     with caplog.at_level(logging.WARNING):
-        call_attention(*attention_case((5, 24, 7, 7), 16, 4))  # another size of the same group
+        route, same = routes.chosen(ATTENTION.group, dense)
+        assert (route, same is dense) == ("triton", True)
+        route, same = routes.chosen(ATTENTION.group, torch.empty(9, 24, 7, 7))  # another size of the same group
+        assert route == "triton"
         assert not caplog.records
         for _ in range(2):
-            call_attention(*attention_case((2, 24, 5, 3), 16, 4, channels_last=True))
-            call_attention(*attention_case((2, 32, 5, 3), 16, 4))
-    told = [record.getMessage() for record in caplog.records]
-    assert told == [
-        "kernels: attention 24 16 torch.float32 channels_last, channels_last was not checked before this run",
-        "kernels: attention 32 16 torch.float32 NCHW, NCHW was not checked before this run",
+            route, turned = routes.chosen(ATTENTION.group, last)
+            assert route == "triton"
+            assert turned.is_contiguous()
+            assert torch.equal(turned, last)
+            assert routes.chosen(("attention", 32, 16, torch.float32), dense)[0] == "composed"
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels: attention 24 16 torch.float32 channels_last was not checked before this run: it is copied to the "
+        "other layout",
+        "kernels: attention 32 16 torch.float32 was not checked before this run: composed runs",
     ]
+    use({ATTENTION: "composed"})
+    assert routes.chosen(ATTENTION.group, last)[1] is last, "plain PyTorch takes any layout"
+
+
+@pytest.mark.parametrize("impl", ["reference", "composed"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_results_and_gradients_lie_as_the_first_map_whatever_the_others_do(impl, channels_last, monkeypatch):
+    """So that a case has one layout: what the kernels see is what was judged."""
+    from kernels.attention import reference
+
+    seen = []
+    plain = reference.gradient_pass
+    monkeypatch.setattr(reference, "gradient_pass", lambda *a: seen.append([t.stride(1) for t in a[:3]]) or plain(*a))
+    own, other = (torch.channels_last, torch.contiguous_format)[:: 1 if channels_last else -1]
+    x, p, weights = attention_case((2, 24, 5, 3), 16, 4)
+    x, p = x.contiguous(memory_format=own).requires_grad_(), p.contiguous(memory_format=other).requires_grad_()
+    y = call_attention(x, p, weights, impl=impl)
+    assert y.is_contiguous(memory_format=own)
+    y.backward(torch.randn(y.shape).contiguous(memory_format=other))
+    assert p.grad.isfinite().all()
+    if impl == "reference":
+        assert seen == [[1, 1, 1] if channels_last else [15, 15, 15]]
+    values, logits = aggregation_case(2, 16, 4, [(4, 2), (2, 2)])
+    mixed = [values[0].contiguous(memory_format=own), values[1].contiguous(memory_format=other)]
+    assert call_aggregation(mixed, logits, (5, 3), impl=impl).is_contiguous(memory_format=own)
 
 
 def spe_and_inputs():
@@ -153,7 +185,7 @@ def test_recording_sees_calls_on_tensors_without_memory():
         spe(x[:1], [level[:1] for level in levels])
     assert [str(case) for case in found] == [
         "aggregation 2×16×5×3 of levels 4×2 2×2, 4 groups, float32, NCHW",
-        "attention 2×24×5×3, D 16, heads 4, float32, channels_last (prior NCHW)",
+        "attention 2×24×5×3, D 16, heads 4, float32, channels_last",
     ]
 
 

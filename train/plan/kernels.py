@@ -26,9 +26,11 @@ def kernel_cases(config: Config, world: int, device: str) -> list[Case]:
         raise ValueError(f"device {device!r}: kernel calls are listed for cpu or cuda")
     if device == "cuda" and config.engine.precision in COMPUTE and not torch.cuda.is_available():
         raise ValueError(f"device cuda: what {config.engine.precision} computes there can only be listed on a GPU")
-    calls = [(config.micro_batch(world), config.data.crop)]
+    # Batches from the loader's processes have a pixel's channels side by side, other pictures lie plane by plane.
+    loaded = torch.contiguous_format if config.blur.device == "cuda" else torch.channels_last
+    calls = [(config.micro_batch(world), config.data.crop, loaded)]
     if config.eval.enabled:
-        calls.append((1, config.eval.crop))
+        calls.append((1, config.eval.crop, torch.contiguous_format))
     if not config.model.prior:
         return []
     with torch.device("meta"):
@@ -42,8 +44,8 @@ def kernel_cases(config: Config, world: int, device: str) -> list[Case]:
         use_sixteen_bit_parameters(twin, engine, place)
         shape_network(twin, engine, place)
         with autocast:
-            for batch, crop in calls:
-                twin(torch.empty(batch, 3, crop, crop, device=place))
+            for batch, crop, layout in calls:
+                twin(torch.empty(batch, 3, crop, crop, device=place, memory_format=layout))
     return list(found)
 
 

@@ -138,7 +138,7 @@ def test_the_first_rank_of_each_kind_of_gpu_of_a_node_checks_for_the_others(tmp_
         told = [(("a", "H100"), {A: "composed"}), (("b", "H100"), {}), (("b", "A10"), {})]
         guard.guard_kernels(config, Ranks(rank, told if rank == 1 else []))
         assert bool(checked) is checks, rank
-        assert routes.chosen(A.group) == "composed"
+        assert routes.chosen(A.group, torch.empty(1, 16, 4, 4))[0] == "composed"
         routes.use({})
 
 
@@ -149,7 +149,7 @@ def test_nothing_happens_on_a_cpu_without_a_prior_or_switched_off(tmp_path, chec
     guard.guard_kernels(small(tmp_path, kernels__check="false"), Ranks(0, []))
     guard.guard_kernels(small(tmp_path, model__prior="false", train__distill_steps=0), Ranks(0, []))
     assert not checked
-    assert routes.chosen(A.group) is None
+    assert routes.chosen(A.group, torch.empty(1, 16, 4, 4))[0] is None
 
 
 def test_strict_is_passed_on(tmp_path, checked):
