@@ -21,14 +21,18 @@ def attention_case(
     device: str | torch.device = "cpu",
     channels_last: bool = False,
     seed: int = 0,
+    drawn_on: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor, Weights]:
-    """x [B, C, H, W], p [B, D, H, W] in dtype; float32 weights (float64 with float64) of a trained layer's size."""
+    """x [B, C, H, W], p [B, D, H, W] in dtype; float32 weights (float64 with float64) of a trained layer's size.
+
+    drawn_on: where the numbers are made, which are others on a GPU, and faster there.
+    """
     B, C, H, W = shape
     D = prior_channels
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator(drawn_on).manual_seed(seed)
 
     def normal(*size: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
-        return torch.randn(size, generator=rng, dtype=torch.float64) * std + mean
+        return torch.randn(size, generator=rng, dtype=torch.float64, device=drawn_on) * std + mean
 
     # An offset and a spread per channel, as features after a convolution have them.
     x = normal(B, C, H, W) * normal(1, C, 1, 1, std=0.3, mean=1.0) + normal(1, C, 1, 1)
@@ -78,13 +82,14 @@ def aggregation_case(
     device: str | torch.device = "cpu",
     channels_last: bool = False,
     seed: int = 0,
+    drawn_on: str | torch.device = "cpu",
 ) -> tuple[list[Tensor], list[Tensor]]:
     """values [B, D, h_l, w_l] and logits [B, G, h_l, w_l] for the given level sizes (h_l, w_l)."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator(drawn_on).manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def level(count: int, size: tuple[int, int]) -> Tensor:
-        tensor = torch.randn(batch, count, *size, generator=rng, dtype=torch.float64)
+        tensor = torch.randn(batch, count, *size, generator=rng, dtype=torch.float64, device=drawn_on)
         return tensor.to(device=device, dtype=dtype).contiguous(memory_format=layout)
 
     return [level(channels, size) for size in sizes], [level(groups, size) for size in sizes]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "triton", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "reference", "composed", "compiled")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Settled at import (Triton settles it there too), so that a compiled caller sees two constants.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -60,30 +60,36 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def choose(impl: str, tensor: Tensor, limits: Sequence[str] = ()) -> str:
-    """The implementation that runs: "triton" or "reference".
+def choose(impl: str, tensor: Tensor, limits: Sequence[str] = (), chosen: str | None = None) -> str:
+    """The implementation that runs: one of IMPLEMENTATIONS but "auto".
 
-    limits: reasons why the kernels cannot take this call. "auto" then takes the reference; a named "triton" never falls
-    back: it raises ValueError with the first reason.
+    limits: reasons why the kernels cannot take this call. chosen: what `kernels.routes` has for it, which "auto" takes;
+    without, "auto" takes the kernels on a GPU where they can run, the composed form where they cannot, and the chunked
+    reference on a CPU. A named "triton" never falls back: it raises ValueError with the first reason.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: {impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "reference":
-        return "reference"
-    reasons = list(limits)
-    if not TRITON_INSTALLED:
-        reasons.insert(0, "the triton package is not installed")
-    elif not INTERPRETING:
+    if impl == "auto" and chosen is not None:
+        impl = "triton" if chosen == "triton-tiled" else chosen
+    elif impl == "auto":
         if tensor.device.type != "cuda":
-            reasons.insert(0, f"tensors lie on {tensor.device}, the kernels need a CUDA or ROCm GPU")
-        elif tensor.dtype not in KERNEL_DTYPES:
-            reasons.insert(0, f"dtype {tensor.dtype} has no kernel; use float32, float16 or bfloat16")
-    if impl == "auto":
-        on_gpu = tensor.device.type == "cuda" and not reasons
-        return "triton" if on_gpu else "reference"
-    if reasons:
+            return "reference"
+        return "composed" if _reasons(tensor, limits) else "triton"
+    if impl == "triton" and (reasons := _reasons(tensor, limits)):
         raise ValueError(f"impl: 'triton' cannot run this call: {reasons[0]}")
-    return "triton"
+    return impl
+
+
+def _reasons(tensor: Tensor, limits: Sequence[str]) -> list[str]:
+    """Why the kernels cannot run, the most general first."""
+    if not TRITON_INSTALLED:
+        return ["the triton package is not installed", *limits]
+    if not INTERPRETING:
+        if tensor.device.type != "cuda":
+            return [f"tensors lie on {tensor.device}, the kernels need a CUDA or ROCm GPU", *limits]
+        if tensor.dtype not in KERNEL_DTYPES:
+            return [f"dtype {tensor.dtype} has no kernel; use float32, float16 or bfloat16", *limits]
+    return list(limits)
 
 
 def as_plane(tensor: Tensor) -> Tensor:
@@ -94,6 +100,12 @@ def as_plane(tensor: Tensor) -> Tensor:
     if rows and (tensor.stride(3) == 1 or W == 1 or tensor.stride(1) == 1):
         return tensor
     return tensor.contiguous(memory_format=memory_format(tensor))
+
+
+def plane_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A plane (see as_plane) laid out as `like`, so that a launch sees one layout: the one that was checked."""
+    wanted = memory_format(like)
+    return as_plane(tensor if memory_format(tensor) == wanted else tensor.contiguous(memory_format=wanted))
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels import compiled, routes
 from kernels.aggregation.ops import AggregateLevels
-from kernels.runtime import check_maps, choose
+from kernels.aggregation.reference import composed_aggregation
+from kernels.runtime import check_maps, choose, memory_format, plane_like
 
 
 def aggregate_levels(
@@ -19,9 +21,11 @@ def aggregate_levels(
     samples are those of F.interpolate(mode="bilinear", align_corners=False).
 
     dtype: all levels are cast to the dtype of values[0], which is P's, also under autocast; sampling, softmax and sums
-    run in float32 (float64 where the values are). impl: "auto" takes the Triton kernels on a GPU (float32, float16,
-    bfloat16) and the PyTorch reference elsewhere; "triton" and "reference" never fall back. Differentiable once,
-    bitwise repeatable with the kernels and on CPU. Raises ValueError naming the argument.
+    run in float32 (float64 where the values are). impl: "auto" takes what `kernels.routes` has for these
+    channels and dtype (see kernels.check); without, the Triton kernels on a GPU (float32, float16, bfloat16; the
+    composed form beyond), and the chunked PyTorch reference on a CPU. "triton", "reference", "composed" and "compiled"
+    (plain PyTorch with all in memory, as it is or through torch.compile) never fall back. Differentiable once, bitwise
+    repeatable with the kernels and on CPU. Raises ValueError naming the argument.
 
     Source: METHOD of this project after Wang et al., arXiv 2302.06898 (their code is not public: the form is ours).
     """
@@ -48,9 +52,16 @@ def aggregate_levels(
         raise ValueError("size: expected two whole numbers (height, width)")
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"size: expected (height, width), both positive, got {size!r}")
-    kernel = choose(impl, values[0]) == "triton"
     dtype = values[0].dtype
+    chosen, values[0] = routes.chosen(("aggregation", D, G, dtype), values[0]) if impl == "auto" else (None, values[0])
+    route = choose(impl, values[0], chosen=chosen)
+    routes.note_aggregation(values, G, tuple(size))
     # The operators are opaque to autocast: every dtype is settled here, whatever region the caller is in.
     with torch.autocast(values[0].device.type, enabled=False):
         levels = [level.to(dtype) for level in (*values, *logits)]
-        return AggregateLevels.apply(size[0], size[1], kernel, *levels)
+        if route in ("composed", "compiled"):
+            call = (composed_aggregation, levels[: len(values)], levels[len(values) :], tuple(size))
+            out = compiled.run(*call) if route == "compiled" else call[0](*call[1:])
+            return out.contiguous(memory_format=memory_format(values[0]))
+        planes = [plane_like(level, values[0]) for level in levels]
+        return AggregateLevels.apply(size[0], size[1], route == "triton", *planes)

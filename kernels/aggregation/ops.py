@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.aggregation import reference
-from kernels.runtime import accumulator, new_map
+from kernels.runtime import accumulator, new_map, plane_like
 
 _LIBRARY = torch.library.Library("sharpprior", "FRAGMENT")
 _LIBRARY.define(
@@ -37,7 +37,7 @@ def forward(values: list[Tensor], logits: list[Tensor], height: int, width: int,
 def backward(dp: Tensor, values: list[Tensor], logits: list[Tensor], lse: Tensor, kernel: bool) -> list[Tensor]:
     """Gradients of the values, then of the logits."""
     d_values, d_logits = [new_map(v) for v in values], [new_map(a) for a in logits]
-    _passes(kernel).backward_pass(dp, values, logits, lse, d_values, d_logits)
+    _passes(kernel).backward_pass(plane_like(dp, values[0]), values, logits, lse, d_values, d_logits)
     return d_values + d_logits
 
 

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from kernels import compiled, routes
 from kernels.attention.algebra import Weights
 from kernels.attention.ops import SemanticAttention
-from kernels.runtime import accumulator, as_plane, check_maps, check_parameters, choose
+from kernels.attention.reference import composed_attention
+from kernels.runtime import accumulator, as_plane, check_maps, check_parameters, choose, memory_format, plane_like
 
 MAX_CHANNELS = 512
 
@@ -33,8 +35,10 @@ def semantic_attention(
     heads divides C. scale = 0 returns x bit for bit.
 
     dtype: y is in x's dtype, also under autocast; p is cast to x's dtype; weights, Gram matrices, norms and softmax are
-    float32 (float64 where x is). impl: "auto" takes the Triton kernels on a GPU (float32, float16, bfloat16; C and D up
-    to 512) and the PyTorch reference elsewhere; "triton" and "reference" never fall back.
+    float32 (float64 where x is). impl: "auto" takes what `kernels.routes` has for these channels and dtype (see
+    kernels.check); without, the Triton kernels on a GPU (float32, float16, bfloat16; C and D up to 512; the composed
+    form beyond), and the chunked PyTorch reference on a CPU. "triton", "reference", "composed" and "compiled" (plain
+    PyTorch with all in memory, as it is or through torch.compile) never fall back.
     Differentiable once in every tensor, bitwise repeatable on one machine. Raises ValueError naming the argument.
 
     Source: METHOD of this project after Wang et al., arXiv 2302.06898 (their code is not public: the form is ours).
@@ -65,9 +69,17 @@ def semantic_attention(
         for name, size in (("x", C), ("p", D))
         if size > MAX_CHANNELS
     ]
-    kernel = choose(impl, x, limits) == "triton"
+    chosen, x = routes.chosen(("attention", C, D, x.dtype), x) if impl == "auto" else (None, x)
+    route = choose(impl, x, limits, chosen)
+    routes.note_attention(x, p, heads)
     acc = accumulator(x.dtype)
     # The operators are opaque to autocast: every dtype is settled here, whatever region the caller is in.
     with torch.autocast(x.device.type, enabled=False):
+        p = p.to(x.dtype)
+        if route in ("composed", "compiled"):
+            call = (composed_attention, x, p, given, float(eps))
+            y = compiled.run(*call) if route == "compiled" else call[0](*call[1:])
+            return y.contiguous(memory_format=memory_format(x))
         weights = [weight.to(acc).contiguous() for weight in given]
-        return SemanticAttention.apply(as_plane(x), as_plane(p.to(x.dtype)), *weights, float(eps), kernel)
+        x = as_plane(x)
+        return SemanticAttention.apply(x, plane_like(p, x), *weights, float(eps), route == "triton")

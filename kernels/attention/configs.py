@@ -47,6 +47,9 @@ BY_ARCHITECTURE: dict[int | str, dict[tuple[str, int], dict[int, tuple[int, int]
     },
 }
 
+# (C, D, dtype) that take the wide route whatever their width: `kernels.routes.use` puts them here.
+TILED_GROUPS: set[tuple[int, int, torch.dtype]] = set()
+
 
 def tile_width(channels: int) -> int:
     """Power of two that holds the channels, at least the 16 of a matrix instruction."""
@@ -63,6 +66,8 @@ def _rows(kernel: str, dtype: torch.dtype) -> dict[int, tuple[int, int]]:
 
 def fused(kernel: str, channels: int, prior_channels: int, dtype: torch.dtype) -> bool:
     """Whether one program of this kernel can hold all channels of a pixel, so that x and p are read once."""
+    if (channels, prior_channels, dtype) in TILED_GROUPS:
+        return False
     width = max(tile_width(channels), tile_width(prior_channels))
     if INTERPRETING:
         return width <= 128

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from kernels.attention import reference
 from kernels.attention.algebra import Weights, gram_size
 from kernels.attention.algebra_state import state_size
-from kernels.runtime import accumulator, as_plane, new_map, pixel_strides
+from kernels.runtime import accumulator, new_map, pixel_strides, plane_like
 
 _LIBRARY = torch.library.Library("sharpprior", "FRAGMENT")
 _WEIGHTS = (
@@ -49,7 +49,7 @@ def backward(dy: Tensor, x: Tensor, p: Tensor, *rest) -> tuple[Tensor, ...]:
     """dx, dp and the eight weights' gradients."""
     *weights, mean, rstd, state, kernel = rest
     dx, dp = new_map(x), new_map(p)
-    maps = (_flat(as_plane(dy)), _flat(x), _flat(p))
+    maps = (_flat(plane_like(dy, x)), _flat(x), _flat(p))
     d_weights = _passes(kernel).backward(*maps, Weights(*weights), mean, rstd, state, _flat(dx), _flat(dp))
     return dx, dp, *d_weights
 

@@ -50,7 +50,7 @@ def lanes(tmp_path_factory) -> dict[str, Future]:
 
     pool = ThreadPoolExecutor(max_workers=os.cpu_count())
     started = {}
-    for name in ("attention", "algebra", "aggregation"):
+    for name in ("attention", "algebra", "aggregation", "judge"):
         pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{HERE}/test_{name}.py"]
         started[name] = pool.submit(run, name, pytest_command, TRITON_INTERPRET="1")
     for target in TARGETS:
@@ -66,7 +66,7 @@ def release(package: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-@pytest.mark.parametrize("operation", ["attention", "algebra", "aggregation"])
+@pytest.mark.parametrize("operation", ["attention", "algebra", "aggregation", "judge"])
 def test_kernels_pass_the_same_tests_in_the_interpreter(lanes, operation):
     if release("triton") == (3, 6) and release("numpy") >= (2, 4):
         pytest.skip("Triton 3.6 interprets with NumPy below 2.4 only: pip install 'numpy<2.4' for this test")

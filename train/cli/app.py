@@ -138,6 +138,27 @@ def plan(
 
 
 @app.command()
+def kernels(
+    config: Annotated[Path, typer.Option("--config", help="Configuration of the run.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    ranks: Annotated[int, typer.Option(help="Ranks of the run; its batch is divided among them.", min=1)] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
+) -> None:
+    """List the kernel calls of a run as JSON, for `python -m kernels.check --cases FILE`."""
+    import json
+
+    import torch
+
+    from kernels.routes import case_to_json
+    from train.config.file import load_config
+    from train.plan.kernels import kernel_cases
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cases = kernel_cases(load_config(config, overrides or []), ranks, where)
+    print(json.dumps([case_to_json(case) for case in cases]))
+
+
+@app.command()
 def export(
     run: Run,
     out: Annotated[Path, typer.Option("-o", "--out", help="A file NAME.safetensors, or a folder.")],

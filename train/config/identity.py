@@ -11,6 +11,8 @@ from typing import Any
 from train import ROOT
 from train.config.schema import Config
 
+OTHER_SECTIONS = ("kernels", "checkpoint", "eval")  # that decide no losses
+
 
 def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     """Dotted names of the values in which two configurations differ."""
@@ -28,7 +30,7 @@ def deciding(config: Config) -> dict[str, Any]:
     """What of a configuration decides the losses of a run: not its name, nor what is written when, nor who computes
     (of the engine only the precision, and what goes to DeepSpeed as it is, count; of a batch its whole size). The data
     themselves are known by their index's digest; a cached feature equals a computed one in its stored form."""
-    facts = config.model_dump(mode="json", exclude={"run": {"name", "root"}, "checkpoint": True, "eval": True})
+    facts = config.model_dump(mode="json", exclude={"run": {"name", "root"}} | dict.fromkeys(OTHER_SECTIONS, True))
     facts["data"]["weights"] = [source["weight"] for source in facts["data"]["train"] or [{"weight": 1.0}]]
     for section, keys in (
         ("data", ("workers", "train", "val", "cache", "stall_minutes")),

@@ -232,6 +232,20 @@ class EngineSection(Section):
         return self
 
 
+class KernelSection(Section):
+    check: bool = True
+    """On a GPU, compare the kernels with fp64 for this run's own shapes before the first step, and replace what is
+    wrong by what is right, saying so (docs/KERNELS.md). Findings are kept: minutes once, and nothing after."""
+    strict: bool = False
+    """Refuse to run where a kernel is wrong, instead of replacing it."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> KernelSection:
+        if self.strict and not self.check:
+            raise ValueError("strict refuses what the check finds wrong, but check is false: set one of them")
+        return self
+
+
 class CheckpointSection(Section):
     every: int = Field(default=500, ge=1)
     """Steps between checkpoints; one is always written at the end."""
@@ -276,6 +290,7 @@ class Config(Section):
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()
+    kernels: KernelSection = KernelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: Annotated[EvalSection, BeforeValidator(_switched)] = EvalSection()
 

@@ -45,6 +45,7 @@ from train.evaluate.scores import VALIDATION_SEED, Evaluation, evaluate_pairs, m
 from train.log import log, start_logging
 from train.objective.task import DeblurTask
 from train.run.folder import RunFolder
+from train.run.kernels import guard_kernels
 from train.run.records import Records, logged
 from train.run.schedule import evaluation_due, learning_rates
 from train.run.shares import StepShares
@@ -89,6 +90,7 @@ class Session:
             checkpoint, far = self._checkpoint_to_resume(resume)
             if checkpoint is not None and init is not None:
                 log.info("--init %s is not used: the run goes on from its own checkpoint", init)
+            guard_kernels(self.config, engine)  # while the GPU is empty
             self._open_model(checkpoint, init)
             self._open_records(opened, far)
             opened.callback(self._close_targets)

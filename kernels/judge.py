@@ -1,0 +1,210 @@
+"""One case on one route, in this process: right or wrong, repeatable, how fast. `kernels.check` runs this elsewhere.
+
+The rule: an error against fp64, largest and root mean square, may be twice that of the composed form in the same dtype
+plus twice the dtype's epsilon of the result's own size; both Triton routes must repeat bit for bit, write every element
+of their results and none beside them, and leave their inputs alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.aggregation.reference import composed_aggregation
+from kernels.attention.algebra import Weights
+from kernels.attention.reference import composed_attention
+from kernels.cases import aggregation_case, attention_case, call_aggregation, call_attention
+from kernels.fences import between_nans, fenced
+from kernels.routes import AttentionCase, Case, use
+from kernels.runtime import INTERPRETING
+
+# The composed form's own largest error differs by half with the vector units of the CPU that sums: tests/kernels.
+FACTOR = 3.0 if INTERPRETING else 2.0
+TIMED_CALLS = 15
+_LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A case with its inputs. maps: how many of the inputs, from the first on, have a batch."""
+
+    inputs: list[Tensor]
+    upstream: Tensor
+    maps: int
+    names: list[str]
+    call: Callable[[Sequence[Tensor]], Tensor]
+    composed: Callable[[Sequence[Tensor]], Tensor]
+
+
+def judge(case: Case, route: str, device: torch.device, *, timed: bool = False) -> dict[str, Any]:
+    """What `case` gives on `route`: right (bool), why (text where wrong), error (largest, in bounds), repeats (bool),
+    and with `timed`, on a GPU, ms (median of forward and backward) and mib (peak beside the inputs).
+
+    fatal: this process's GPU context is of no more use. passing: it says nothing about the next try (out of memory).
+    """
+    use({case: route})
+    try:
+        return _judged(_task(case, device), route, timed=timed and device.type == "cuda")
+    except torch.OutOfMemoryError:
+        return {"right": False, "why": "out of memory", "passing": True}
+    except Exception as error:  # whatever a kernel, a compiler or a driver may raise
+        text = str(error).strip().partition("\n")[0]
+        if "illegal memory access" in text:
+            return {"right": False, "why": "illegal memory access", "fatal": True}
+        fatal = any(sign in text for sign in ("CUDA error", "HIP error", "Triton Error ["))
+        return {"right": False, "why": f"cannot run: {type(error).__name__}: {text}"[:300], "fatal": fatal}
+    finally:
+        use({})
+
+
+def _task(case: Case, device: torch.device) -> _Task:
+    options = {"dtype": case.group[3], "device": device, "channels_last": case.layout == "channels_last"}
+    drawn_on = "cpu" if device.type == "cpu" else device
+    size = (case.height, case.width)
+    if isinstance(case, AttentionCase):
+        shape = (case.batch, case.channels, *size)
+        x, p, weights = attention_case(shape, case.prior, case.heads, **options, drawn_on=drawn_on)
+        inputs = [x, p, *weights]
+        maps, names = 2, ["y", "dx", "dp", *(f"d_{name}" for name in Weights._fields)]
+
+        def call(t: Sequence[Tensor]) -> Tensor:
+            return call_attention(t[0], t[1], Weights(*t[2:]))
+
+        def composed(t: Sequence[Tensor]) -> Tensor:
+            return composed_attention(t[0], t[1], Weights(*t[2:]))
+    else:
+        values, logits = aggregation_case(
+            case.batch, case.channels, case.groups, case.levels, **options, drawn_on=drawn_on
+        )
+        inputs, count = [*values, *logits], len(values)
+        maps = len(inputs)
+        names = ["P", *(f"d_values[{i}]" for i in range(count)), *(f"d_logits[{i}]" for i in range(count))]
+
+        def call(t: Sequence[Tensor]) -> Tensor:
+            return call_aggregation(t[:count], t[count:], size)
+
+        def composed(t: Sequence[Tensor]) -> Tensor:
+            return composed_aggregation(t[:count], t[count:], size)
+
+    rng = torch.Generator(drawn_on).manual_seed(7)
+    upstream = torch.randn(case.batch, case.channels, *size, generator=rng, device=drawn_on).to(device, case.group[3])
+    return _Task(inputs, upstream.contiguous(memory_format=_LAYOUTS[case.layout]), maps, names, call, composed)
+
+
+def _results(function: Callable, inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """The output and the gradients of all inputs, finished on the device."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = function(leaves)
+    results = [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+    if upstream.is_cuda:
+        torch.cuda.synchronize(upstream.device)
+    return results
+
+
+def _by_sample(task: _Task, dtype: torch.dtype | None) -> list[Tensor]:
+    """Results of the composed form, one sample after the other, in `dtype` (None: the inputs' own): the oracle of a
+    large batch must fit beside a network."""
+    parts: list[list[Tensor]] = []
+    for b in range(task.upstream.shape[0]):
+        one = [t[b : b + 1] if i < task.maps else t for i, t in enumerate(task.inputs)]
+        one = [t if dtype is None else t.to(dtype) for t in one]
+        parts.append(_results(task.composed, one, task.upstream[b : b + 1].to(one[0].dtype)))
+    columns = list(zip(*parts, strict=True))
+    maps, shared = columns[: task.maps + 1], columns[task.maps + 1 :]
+    return [torch.cat(c) for c in maps] + [torch.stack(c).double().sum(0) for c in shared]
+
+
+def _judged(task: _Task, route: str, *, timed: bool) -> dict[str, Any]:
+    ours = route.startswith("triton")
+    copies = [t.clone() for t in task.inputs]
+    with fenced() if ours else contextlib.nullcontext() as fences:
+        guarded = [between_nans(t) for t in task.inputs] if ours else task.inputs
+        first = _results(task.call, guarded, task.upstream)
+    if fences is not None and fences.broken():  # without fences it would write over something of this process
+        return {"right": False, "why": "writes outside its results"}
+    second = _results(task.call, task.inputs, task.upstream)
+    wrong = []
+    if not all(torch.equal(a, b) for a, b in zip((*guarded, *task.inputs), (*copies, *copies), strict=True)):
+        wrong.append("writes into its inputs")
+    repeats = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    exact, eager = _by_sample(task, torch.float64), _by_sample(task, None)
+    eps, worst, text = torch.finfo(task.inputs[0].dtype).eps, 0.0, None
+    own = _own_errors(task, eager, exact)
+    for results in (first, second):
+        for name, tested, truth, errors in zip(task.names, results, exact, own, strict=True):
+            ratio, said = _error(name, tested.double(), truth, errors, eps)
+            if ratio > worst:
+                worst, text = ratio, said
+    if worst > 1:
+        wrong.append(text)
+    if ours and not repeats:
+        wrong.append("not repeatable")
+    result = {"right": not wrong, "why": "; ".join(wrong) or None, "error": round(worst, 4), "repeats": repeats}
+    if timed and not wrong:
+        del first, second, exact, eager, guarded, copies
+        result |= _timings(task)
+    return result
+
+
+def _sizes(t: Tensor) -> tuple[float, float]:
+    """(largest, root mean square) of the elements."""
+    return float(t.abs().max()), float(t.square().mean().sqrt())
+
+
+def _own_errors(task: _Task, eager: list[Tensor], exact: list[Tensor]) -> list[tuple[float, float]]:
+    """Largest and RMS error of the composed form in the case's dtype, of each result. Gradients of parameters share the
+    worst relative one of them: a vector of four numbers may be exact by luck."""
+    errors = [_sizes(a.double() - truth) for a, truth in zip(eager, exact, strict=True)]
+    sizes = [_sizes(truth) for truth in exact]
+    shared = range(task.maps + 1, len(errors))
+    for kind in (0, 1):
+        worst = max((errors[i][kind] / sizes[i][kind] for i in shared if sizes[i][kind] > 0), default=0.0)
+        for i in shared:
+            pair = list(errors[i])
+            pair[kind] = max(pair[kind], worst * sizes[i][kind])
+            errors[i] = (pair[0], pair[1])
+    return errors
+
+
+def _error(name: str, tested: Tensor, truth: Tensor, own: tuple[float, float], eps: float) -> tuple[float, str]:
+    """(error in bounds, what to say of it) of one result; infinite where it is not finite."""
+    if tested.shape != truth.shape:
+        return float("inf"), f"{name} has shape {list(tested.shape)} instead of {list(truth.shape)}"
+    if not bool(tested.isfinite().all()):
+        return float("inf"), f"{name} is not finite"
+    sizes, errors = _sizes(truth), _sizes(tested - truth)
+    bounds = [FACTOR * (mine + eps * size) for mine, size in zip(own, sizes, strict=True)]
+    ratios = [e / b if b > 0 else (0.0 if e == 0 else float("inf")) for e, b in zip(errors, bounds, strict=True)]
+    relative, bound = (value / (sizes[1] or 1.0) for value in (errors[1], bounds[1]))
+    text = f"wrong {name}: relative RMS error {relative:.2g} (bound {bound:.2g}), largest {ratios[0]:.2g} × its bound"
+    return max(ratios), text
+
+
+def _timings(task: _Task) -> dict[str, float]:
+    """Median ms of forward and backward as a training step calls them, and peak MiB beside the inputs."""
+    leaves = [t.detach().requires_grad_() for t in task.inputs]
+
+    def run() -> None:
+        torch.autograd.grad(task.call(leaves), leaves, task.upstream)
+
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(TIMED_CALLS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    peak = torch.cuda.max_memory_allocated() - base
+    return {"ms": round(statistics.median(times), 4), "mib": round(peak / 2**20, 1)}
