@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from train.engine.average import Ema
 from train.engine.engine import Engine
-from train.engine.pieces import forget_updates
+from train.engine.pieces import forget_gradients, forget_updates
 from train.engine.settings import part_of
 from train.objective.task import DeblurTask
 from train.run.schedule import joint_from, prior_learns, stage
@@ -18,6 +18,7 @@ def enter_stage(step: int, engine: Engine, task: DeblurTask, ema: Ema) -> str:
     take over; from then on its average stays what it is, bit for bit.
     """
     config = engine.config
+    forget_gradients(engine)
     if step == config.train.distill_steps > 0:  # all but the prior has waited: its updates begin now
         forget_updates(engine, lambda name: part_of(name) != "prior")
         if config.student_rests:
