@@ -9,7 +9,8 @@ python train/main.py --config configs/large.yaml --dry-run --ranks 8      # chec
 --resume auto           go on with the run of that name, or start it
 --resume auto --extend N   go on with a finished run until step N (with --set optim.lr=… at another rate)
 --init RUN              start from the weights of a run, a checkpoint or an exported model
---prior RUN             take the distilled prior of a run or of an exported file, frozen (model.prior_from)
+--prior RUN             take the distilled prior of a run or of an exported file, frozen from the first step
+                        (model.prior_from, and train.distill_steps 0)
 """
 
 import argparse
@@ -41,7 +42,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     from train.config.file import load_config
 
     stop.heed()
-    overrides = [*args.set, *([f"model.prior_from={json.dumps(args.prior)}"] if args.prior else [])]
+    plugged = [f"model.prior_from={json.dumps(args.prior)}", "train.distill_steps=0"] if args.prior else []
+    overrides = [*plugged, *args.set]
     config = load_config(args.config, overrides)
     if args.extend is not None:
         if not args.resume or args.dry_run:

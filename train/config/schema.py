@@ -279,6 +279,11 @@ class Config(Section):
         if not self.model.prior and (self.train.spe_steps or self.train.student_frozen):
             which = "spe_steps" if self.train.spe_steps else "student_frozen"
             raise ValueError(f"train.{which} is about the prior, but model.prior is false: set one of them")
+        if self.model.prior_from is not None and self.train.distill_steps and self.train.student_frozen is None:
+            raise ValueError(
+                f"model.prior_from takes a distilled prior over, and train.distill_steps {self.train.distill_steps} "
+                "would distill it further: set that to 0, or train.student_frozen to say whether it rests afterwards"
+            )
         if self.student_rests and loss.cfl_final is not None:
             raise ValueError(
                 "loss.cfl_final changes λ over the deblur steps, but the student is frozen then: leave it out, or set "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from train.engine.average import Ema
 from train.engine.engine import Engine
 from train.engine.pieces import forget_gradients, forget_updates
+from train.engine.precision import SIXTEEN_BIT_PARAMETERS
 from train.engine.settings import part_of
 from train.objective.task import DeblurTask
 from train.run.schedule import joint_from, prior_learns, stage
@@ -38,6 +39,7 @@ def arrange(step: int, engine: Engine, task: DeblurTask) -> str:
         prior.rest(not learns)
         if config.student_rests and not learns:
             task.close_targets()
-            if config.engine.zero < 3:  # else no rank has whole weights to fold
+            # Under ZeRO 3 no rank has whole weights; norms of 16-bit parameters are computed in another type.
+            if config.engine.zero < 3 and config.engine.precision not in SIXTEEN_BIT_PARAMETERS:
                 prior.student.fold()
     return stage(step, config)

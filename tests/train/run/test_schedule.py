@@ -84,6 +84,7 @@ def test_a_frozen_student_has_no_rate_and_no_weight_after_its_distillation():
         (["train.steps=5", "train.distill_steps=3", "train.spe_steps=3"], "exceed steps 5"),
         (["train.student_frozen=true", "loss.cfl_final=0"], "the student is frozen then"),
         (["model.prior_from=x", "features.cache=on"], "frozen from the start"),
+        (["model.prior_from=x", "train.distill_steps=2"], "would distill it further: set that to 0"),
     ],
 )
 def test_stages_that_cannot_be_are_one_line(settings, words):
