@@ -70,8 +70,15 @@ class ModelConfig(_Section):
     backbone: dict = Field(default_factory=lambda: {"name": "unet"})
     """`name` of a backbone or a preset of one (`nafnet-32`); every other key goes to its constructor, and before the
     preset's."""
+    backbone_from: str | None = None
+    """Run, checkpoint or exported model whose backbone this one starts from; `backbone` is then that one's, if it is
+    not given."""
     prior: bool = True
     """False trains the plain backbone: no teacher, no student, no SPE."""
+    prior_from: str | None = None
+    """Run, checkpoint, exported model or exported prior (`sharpprior export --prior`) whose prior network is taken over
+    whole: student, fusion, statistics. `levels`, `teacher` and `student` are then that run's, where they are not given;
+    it is frozen (train.student_frozen) and needs no teacher."""
     levels: int = Field(default=4, ge=1, le=5)
     """Levels L of the prior; level l has stride 4·2^(l-1)."""
     teacher: Annotated[list[TeacherConfig], BeforeValidator(_one_teacher), Field(min_length=1)] = Field(
@@ -85,6 +92,8 @@ class ModelConfig(_Section):
     def _named(self) -> ModelConfig:
         if not isinstance(self.backbone.get("name"), str):
             raise ValueError("backbone needs a name, such as {name: unet}")
+        if self.prior_from is not None and not self.prior:
+            raise ValueError("prior_from takes a prior over, but prior is false: set one of them")
         if self.spe.dim % self.spe.groups:
             raise ValueError(f"spe.groups {self.spe.groups} does not divide spe.dim {self.spe.dim}")
         if self.student.frozen_levels > self.levels:

@@ -6,12 +6,14 @@ Level l = 1..L has stride 4·2^(l-1). Teacher and student are both built here; w
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
 from torch import nn
 
 from model.config import ModelConfig
+from model.folding import foldable, folded
 from model.names import unknown_name
 from model.networks import NETWORKS
 from model.padding import pad_to_multiple
@@ -57,6 +59,9 @@ class Encoder(nn.Module):
     batch_norm "frozen" keeps every BatchNorm on its stored statistics in training too, with trainable scale and shift:
     crops are few per rank and blurrier than ImageNet, so batch statistics would be noisy, differ between ranks, and
     make a run depend on how it is split over them. "batch" is the usual BatchNorm (each rank its own statistics).
+
+    `fold` is for weights that do not change any more: from then on a copy with its BatchNorms folded into the
+    convolutions is what runs. The copy is no part of the module: names, state dict and `net` stay as they are.
     """
 
     def __init__(self, spec: EncoderSpec, net: nn.Module, batch_norm: str = "frozen") -> None:
@@ -70,6 +75,8 @@ class Encoder(nn.Module):
         self.mean_std = (tuple(cfg["mean"]), tuple(cfg["std"]))
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)
+        self._folded: tuple[nn.Module, ...] = ()  # a tuple hides it from nn.Module, which would save it
+        self.register_load_state_dict_post_hook(lambda encoder, _: encoder.unfold())
 
     def preprocess(self, image: torch.Tensor) -> torch.Tensor:
         """Standardise an image [B, 3, H, W] in [0, 1] with the network's own mean and std."""
@@ -82,17 +89,49 @@ class Encoder(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         height, width = image.shape[-2:]
-        padded = pad_to_multiple(self.preprocess(image), self.strides[-1])
-        if self.patch is not None:
-            padded = pad_to_multiple(padded, self.patch)
-        features = self.net.forward_intermediates(
-            padded, indices=self.indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
-        )
+        net = self._folded[0] if self._folded else self.net
+        features = net.forward_intermediates(self._prepared(image), **self._asked)
         sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in self.strides]
         if self.patch is not None:
             maps = zip(features, self.strides, sizes, strict=True)
             return tuple(resample_tokens(tokens, self.patch, stride, size) for tokens, stride, size in maps)
         return tuple(f[..., :h, :w] for f, (h, w) in zip(features, sizes, strict=True))
+
+    def _prepared(self, image: torch.Tensor) -> torch.Tensor:
+        padded = pad_to_multiple(self.preprocess(image), self.strides[-1])
+        return padded if self.patch is None else pad_to_multiple(padded, self.patch)
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What is asked of timm's `forward_intermediates`."""
+        return {"indices": self.indices, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
+
+    def fold(self) -> int:
+        """Run on folded weights from now on; returns how many BatchNorms were folded (`model.folding` says which can
+        be; with none, nothing changes). For weights that rest and are whole: the copy takes no gradient, and does not
+        see later changes but those of `load_state_dict`, which ends it, as `unfold` does."""
+        side = 2 * self.strides[-1]
+        image = torch.full((1, 3, side, side), 0.5, device=self.mean.device)
+        pairs = foldable(self.net, (self._prepared(image),), "forward_intermediates", **self._asked)
+        self._folded = (folded(self.net, pairs),) if pairs else ()
+        return len(pairs)
+
+    @property
+    def folded(self) -> bool:
+        """Whether folded weights are what runs."""
+        return bool(self._folded)
+
+    def unfold(self) -> None:
+        """Run on the module's own weights again."""
+        self._folded = ()
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> "Encoder":
+        for net in self._folded:  # goes where the encoder goes
+            net._apply(*arguments, **keywords)
+        return super()._apply(*arguments, **keywords)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_folded": ()}  # a copy's weights may be changed
 
     def train(self, mode: bool = True) -> "Encoder":
         super().train(mode)

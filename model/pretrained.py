@@ -182,6 +182,16 @@ def load_state(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}): save the model again") from error
 
 
+def tensor_names(path: str | Path) -> list[str]:
+    """The names of a folder's or file's tensors, without reading them; ValueError if they cannot be read."""
+    file = _weights_file(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+
+
 def load_pretrained(model: nn.Module, path: str | Path) -> None:
     """Load a folder's or file's state dict into `model`, strictly; ValueError names the keys and shapes that do not
     fit."""

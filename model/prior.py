@@ -42,6 +42,8 @@ class PriorNetwork(nn.Module):
     config: `width`, `fusion` and `residual`. fusion same_level leaves the fusion out, g_l = f_l(s_l), what cross-level
     learning is compared with; residual False forces the plain form, whose base is the teacher's mean.
     `calibrate` must be called once on a fresh network, before training; the numbers are part of its state dict.
+    `rest` is for a prior that learns no more, or not now: it is then in eval mode whatever is asked, and takes no
+    gradient, so that nothing of it is kept for a backward pass.
     ValueError if the levels differ in number, or a residual prior has no base.
     """
 
@@ -57,6 +59,7 @@ class PriorNetwork(nn.Module):
                 f"{list(student.channels)}: leave residual out, or name the teacher's architecture"
             )
         self.student, self.channels, self.strides = student, channels, student.strides
+        self.resting, self._mode = False, True
         self.residual, width = self.comparable if config.residual is None else config.residual, config.width
         self.statistics = FeatureStatistics(channels)
         self.student_statistics = FeatureStatistics(student.channels)
@@ -70,6 +73,10 @@ class PriorNetwork(nn.Module):
 
     def forward(self, blurry: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Return the prior's levels r_l and the student's own features s_l that they were predicted from."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.resting):
+            return self._levels(blurry)
+
+    def _levels(self, blurry: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         features = self.student(blurry)
         results: list[torch.Tensor] = []
         fused = None
@@ -80,6 +87,17 @@ class PriorNetwork(nn.Module):
             base = self._base(features[level], mean) if self.residual else mean
             results.append(base + std * self.predict[level](fused))
         return tuple(reversed(results)), features
+
+    def rest(self, resting: bool = True) -> None:
+        """Rest, or learn again (on the student's own weights, where it was folded)."""
+        self.resting = resting
+        if not resting:
+            self.student.unfold()
+        self.train(self._mode)
+
+    def train(self, mode: bool = True) -> "PriorNetwork":
+        self._mode = mode
+        return super().train(mode and not self.resting)
 
     @staticmethod
     def _base(feature: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from model.encoder import EncoderSpec, build_encoder, weights_digest, without_we
 from model.names import choose
 from model.networks import NETWORKS
 
-FINGERPRINT_FORMAT = 2
+FINGERPRINT_FORMAT = 3  # 2: before BatchNorms were folded, which changes features by their rounding
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -25,6 +25,7 @@ class Teacher(nn.Module):
     a file's path: `EncoderSpec`.
     precision: of the arithmetic, whatever autocast surrounds the call: fp32; bf16 (autocast, the weights stay fp32);
     auto: bf16 on a GPU that computes it, else fp32. Features are fp32 tensors in any case.
+    Its BatchNorms are folded into its convolutions, where that is exact but for rounding (`model.folding`).
     compiled: run through torch.compile (once for each kind of input size); the first forward pass fails with ValueError
     where it has no compiler.
     Attributes: `channels` (c_1, …, c_L), `strides` (4, 8, …), `spec`.
@@ -51,6 +52,7 @@ class Teacher(nn.Module):
         self._tail: str | None = None
         self.requires_grad_(False)
         self.eval()
+        self.encoder.fold()
         if compiled:
             self.encoder.compile()
 

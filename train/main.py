@@ -9,9 +9,12 @@ python train/main.py --config configs/large.yaml --dry-run --ranks 8      # chec
 --resume auto           go on with the run of that name, or start it
 --resume auto --extend N   go on with a finished run until step N (with --set optim.lr=… at another rate)
 --init RUN              start from the weights of a run, a checkpoint or an exported model
+--prior RUN             take the distilled prior of a run or of an exported file, frozen from the first step
+                        (model.prior_from, and train.distill_steps 0)
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -29,6 +32,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--extend", type=int, metavar="STEPS", help="with --resume: steps in all, more than the run had"
     )
     parser.add_argument("--init", metavar="RUN", help="weights to start from")
+    parser.add_argument("--prior", metavar="RUN", help="run or file whose distilled prior to plug in, frozen")
     parser.add_argument("--dry-run", action="store_true", help="validate, count and plan; train nothing")
     parser.add_argument("--ranks", type=int, default=None, help="ranks to plan for in a dry run")
     return parser.parse_args(arguments)
@@ -38,13 +42,17 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     from train.config.file import load_config
 
     stop.heed()
-    config = load_config(args.config, args.set)
+    plugged = ["model.prior=true", f"model.prior_from={json.dumps(args.prior)}", "train.distill_steps=0"] if args.prior else []
+    overrides = [*plugged, *args.set]
+    config = load_config(args.config, overrides)
     if args.extend is not None:
         if not args.resume or args.dry_run:
             raise ValueError("--extend goes on with a run: give --resume auto, or a checkpoint, too")
-        config = load_config(args.config, [*args.set, f"train.steps={args.extend}"])
+        config = load_config(args.config, [*overrides, f"train.steps={args.extend}"])
 
     # Imported here, so that a wrong key is told in a second.
+    from train.checkpoint.plug import plug_in, with_plugged
+    from train.config.networks import build_model
     from train.engine.engine import Engine
     from train.plan.dry_run import dry_run
     from train.run.bad_steps import BadSteps
@@ -53,9 +61,11 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     from train.run.step import training_step
     from train.watch.health import check_health
 
+    config = with_plugged(config, resumed=args.resume is not None)
     if args.dry_run:
         if args.resume or args.init:
             raise ValueError("--dry-run trains nothing: leave out --resume and --init")
+        plug_in(build_model(config, read_weights=False), config)
         return dry_run(config, args.ranks)
     if args.ranks is not None:
         raise ValueError("--ranks plans a --dry-run; the launcher decides how many ranks a run has")
@@ -70,6 +80,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         run.catch_up()
         loader, bad = run.loader(), BadSteps(run.folder.path, engine.rank, config.train.max_bad_steps)
         while step < steps and not stop.agreed:
+            run.begin(step)
             result = training_step(engine, run.task, loader, step, stop, run.traces)
             step += 1
             run.record(step, result)

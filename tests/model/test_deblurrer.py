@@ -199,3 +199,29 @@ def test_an_image_that_is_no_rgb_batch_is_refused():
         small(prior=False)(torch.zeros(1, 3, 0, 32))
     with pytest.raises(ValueError, match="nothing to distill"):
         small(prior=False)(image(1, 3, 32, 32), prior_only=True)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_resting_prior_keeps_nothing_for_a_backward_pass_and_takes_no_gradient(fold):
+    model = small(student={"name": "resnet18", "batch_norm": "batch", **RANDOM})
+    perturb(model)
+    x, saved = image(2, 3, 64, 64), []
+    expected = model.eval()(x).restored[-1]
+    model.train()
+    model.prior.rest()
+    if fold:
+        assert model.prior.student.fold() > 0
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        levels, features = model.prior(x)
+        assert saved == []
+        out = model(x)
+    assert not any(level.requires_grad for level in (*levels, *features))
+    torch.testing.assert_close(out.restored[-1], expected, rtol=1e-4, atol=1e-5)  # in eval mode, though train was asked
+    out.restored[-1].square().mean().backward()
+    assert all(parameter.grad is None for parameter in model.prior.parameters())
+    assert all(parameter.grad is not None for parameter in (*model.spe.parameters(), *model.backbone.parameters()))
+    model.prior.rest(False)
+    assert model.prior.training
+    assert not model.prior.student.folded
+    model(x).restored[-1].square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.prior.parameters())

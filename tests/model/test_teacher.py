@@ -106,7 +106,7 @@ def test_logits_of_the_deepest_level_are_the_classifier_s(which, request):
     net = request.getfixturevalue(which)
     x = torch.rand(2, 3, 64, 96)
     whole = net.encoder.net(net.encoder.preprocess(x))
-    torch.testing.assert_close(net.logits(net(x)[-1]), whole)
+    torch.testing.assert_close(net.logits(net(x)[-1]), whole, rtol=1e-3, atol=1e-4)  # features come from folded weights
 
 
 def test_logits_carry_the_gradient_to_a_predicted_feature(teacher):

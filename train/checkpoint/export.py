@@ -8,24 +8,29 @@ import torch
 
 from model.pretrained import CONFIG, SINGLE, WEIGHTS, load_config, load_state, save_pretrained
 from train.checkpoint.manifest import MANIFEST
+from train.checkpoint.plug import part_state
 from train.checkpoint.saved import model_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def export_model(run: Path, out: Path, *, which: str, dtype: str, overwrite: bool) -> Path:
+def export_model(run: Path, out: Path, *, which: str, dtype: str, overwrite: bool, prior: bool = False) -> Path:
     """Write the model of a run, checkpoint or export to `out` and return the folder or file that it was read from.
 
     out: a file NAME.safetensors, which holds the configuration in its metadata, or a folder for model.safetensors and
-    config.yaml. dtype: fp32 (as trained: the same outputs) or bf16 (half the size; loaded back as fp32). ValueError on
-    a wrong path, a damaged checkpoint, or files that exist.
+    config.yaml. dtype: fp32 (as trained: the same outputs) or bf16 (half the size; loaded back as fp32). prior: the
+    prior network alone, which `model.prior_from` takes over. ValueError on a wrong path, a damaged checkpoint, a model
+    without a prior, or files that exist.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected {' or '.join(DTYPES)}")
     source = model_folder(run, which)
     target = out.expanduser()
     check_target(target, source, overwrite=overwrite)
-    state = load_state(source)
+    if prior:
+        state = {f"prior.{name}": value for name, value in part_state(source, "prior").items()}
+    else:
+        state = load_state(source)
     state |= {name: value.to(DTYPES[dtype]) for name, value in state.items() if value.is_floating_point()}
     config = load_config(source)
     if isinstance(config.get("checkpoint"), dict):  # where a run's copies go is nobody else's business

@@ -27,7 +27,8 @@ class RunState:
     samples_consumed is the whole state of the training stream: with the seed it says what comes next. config_digest: of
     what decides the losses in config.yaml beside it; cache_fingerprint: of the feature cache, None without one.
     teacher_digest: of the teacher's weights, None without one. versions: of the packages that compute. pairs_version:
-    of the rules by which crops and seeds are drawn (`data.stream.crops.PAIRS_VERSION`).
+    of the rules by which crops and seeds are drawn (`data.stream.crops.PAIRS_VERSION`). origins: of a prior or backbone
+    taken over, where it is `from` and the `digest` of its weights as they were taken.
     """
 
     step: int
@@ -44,6 +45,7 @@ class RunState:
     teacher_digest: str | None = None
     versions: dict[str, str] | None = None
     pairs_version: int = 1
+    origins: dict[str, dict[str, str]] | None = None
 
 
 def read_state(path: Path) -> RunState:

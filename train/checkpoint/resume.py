@@ -74,6 +74,8 @@ EXTENDED = (
     ("train", "steps"),
     ("optim", "lr"),
     ("optim", "prior_lr_scale"),
+    ("optim", "spe_lr_scale"),
+    ("optim", "backbone_lr_scale"),
     ("optim", "final_lr"),
     ("optim", "warmup"),
 )

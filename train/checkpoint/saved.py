@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from model.deblurrer import Deblurrer
-from model.pretrained import CONFIG, SINGLE, WEIGHTS, load_config, load_pretrained
+from model.pretrained import CONFIG, SINGLE, WEIGHTS, load_config, load_pretrained, tensor_names
 from train.checkpoint.folder import Checkpoints
 from train.checkpoint.manifest import MANIFEST, damage, read_tensors
 from train.config.file import build_config
@@ -56,6 +56,8 @@ def model_folder(path: str | Path, which: str = "latest") -> Path:
 def load_model(path: str | Path, device: torch.device, which: str = "latest") -> tuple[Deblurrer, Config, Path]:
     """(network in eval mode, configuration, folder or file) of what was saved. ValueError if it does not load."""
     folder = model_folder(path, which)
+    if all(name.startswith("prior.") for name in tensor_names(folder)):
+        raise ValueError(f"{folder}: holds a prior alone: plug it into a network with train/main.py --prior")
     config = build_config(load_config(folder), {(): str(folder / CONFIG if folder.is_dir() else folder)})
     try:
         network = build_model(config, read_weights=False)

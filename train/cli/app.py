@@ -129,12 +129,13 @@ def plan(
     memory: Annotated[float, typer.Option(help="GiB a GPU.")] = 80.0,
 ) -> None:
     """Memory, bytes moved, step time, loader and checkpoints of a run on a cluster, before it is started."""
+    from train.checkpoint.plug import with_plugged
     from train.config.file import load_config
     from train.plan.cost import Cluster
     from train.plan.report import print_plan
 
     cluster = Cluster(nodes, gpus, tflops, utilisation, hbm, launch, nvlink, network, latency, storage, memory)
-    print_plan(load_config(config, overrides or []), cluster, wide_console())
+    print_plan(with_plugged(load_config(config, overrides or [])), cluster, wide_console())
 
 
 @app.command()
@@ -164,14 +165,15 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--out", help="A file NAME.safetensors, or a folder.")],
     checkpoint: Which = "latest",
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 for half the size.")] = "fp32",
+    prior: Annotated[bool, typer.Option("--prior", help="The prior alone, for train/main.py --prior.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the averaged model as files that load without DeepSpeed and without the run."""
+    """Write the averaged model, or its prior alone, as files that load without DeepSpeed and without the run."""
     from train.checkpoint.export import export_model
     from train.checkpoint.saved import describe
 
-    source = export_model(run, out, which=checkpoint, dtype=dtype, overwrite=overwrite)
-    text = f"exported {describe(source)} of {run} as {dtype}: {out}"
+    source = export_model(run, out, which=checkpoint, dtype=dtype, prior=prior, overwrite=overwrite)
+    text = f"exported {'the prior of ' if prior else ''}{describe(source)} of {run} as {dtype}: {out}"
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -116,6 +116,10 @@ class OptimSection(Section):
     """Peak learning rate of AdamW."""
     prior_lr_scale: float = Field(default=1.0, ge=0)
     """Learning rate of the student and its fusion, relative to `lr`."""
+    spe_lr_scale: float = Field(default=1.0, ge=0)
+    """Learning rate of the embeddings, relative to `lr`."""
+    backbone_lr_scale: float = Field(default=1.0, ge=0)
+    """Learning rate of the backbone, relative to `lr`: below 1 to finetune a pretrained one."""
     betas: tuple[float, float] = (0.9, 0.9)
     """AdamW's decay rates."""
     weight_decay: float = Field(default=1e-3, ge=0)
@@ -152,6 +156,11 @@ class TrainSection(Section):
     """Optimizer steps of the whole run."""
     distill_steps: int = Field(default=0, ge=0)
     """The first of them train the student alone (stage `distill`); the others train all (stage `deblur`)."""
+    spe_steps: int = Field(default=0, ge=0)
+    """The first after those train the embeddings alone (stage `spe`), for a prior new to a pretrained backbone."""
+    student_frozen: bool | None = None
+    """Whether the prior network (student and fusion) rests after the distill steps: no gradient, nothing kept for a
+    backward pass, no feature losses, no teacher. None: where it comes from another run (model.prior_from)."""
     batch: int = Field(default=8, ge=1)
     """Global batch: pairs per optimizer step over all ranks and accumulation steps."""
     accumulation: int = Field(default=1, ge=1)
@@ -171,6 +180,10 @@ class TrainSection(Section):
     def _divides(self) -> TrainSection:
         if self.distill_steps > self.steps:
             raise ValueError(f"distill_steps {self.distill_steps} exceeds steps {self.steps}")
+        if self.distill_steps + self.spe_steps > self.steps:
+            raise ValueError(
+                f"distill_steps {self.distill_steps} and spe_steps {self.spe_steps} exceed steps {self.steps}"
+            )
         if self.batch % self.accumulation:
             raise ValueError(f"accumulation {self.accumulation} does not divide batch {self.batch}")
         steps = [each.at for each in self.progressive]
@@ -312,9 +325,38 @@ class Config(Section):
                 "features.cache keeps features of one plan of crops, but train.progressive changes their size: set "
                 "features.cache to off"
             )
+        if not self.model.prior and (self.train.spe_steps or self.train.student_frozen):
+            which = "spe_steps" if self.train.spe_steps else "student_frozen"
+            raise ValueError(f"train.{which} is about the prior, but model.prior is false: set one of them")
+        if self.model.prior_from is not None and self.train.distill_steps and self.train.student_frozen is None:
+            raise ValueError(
+                f"model.prior_from takes a distilled prior over, and train.distill_steps {self.train.distill_steps} "
+                "would distill it further: set that to 0, or train.student_frozen to say whether it rests afterwards"
+            )
+        if self.student_rests and loss.cfl_final is not None:
+            raise ValueError(
+                "loss.cfl_final changes λ over the deblur steps, but the student is frozen then: leave it out, or set "
+                "train.student_frozen to false"
+            )
+        if self.student_rests and not self.train.distill_steps and self.features.cache != "off":
+            raise ValueError(
+                "features.cache keeps a teacher's features, but the student is frozen from the start: set it to off"
+            )
         if loss.cfl_final is not None and self.train.distill_steps == self.train.steps:
             raise ValueError("loss.cfl_final changes λ over the deblur steps, but all steps distill: leave it out")
         return self
+
+    @property
+    def student_rests(self) -> bool:
+        """Whether the prior network learns nothing after the distill steps."""
+        given = self.train.student_frozen
+        return self.model.prior and (self.model.prior_from is not None if given is None else given)
+
+    @property
+    def taught(self) -> bool:
+        """Whether the run needs its teacher: to learn from, or to measure a fresh prior's scales."""
+        over = self.student_rests and not self.train.distill_steps
+        return self.model.prior and not (over and self.model.prior_from is not None)
 
     def micro_batch(self, world: int) -> int:
         """Pairs per rank and micro-batch, at first. ValueError if `world` ranks and the accumulation do not divide the

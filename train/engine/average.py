@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -49,16 +49,30 @@ class Ema:
         forget_gathered(self._module)
         kept = {name: local_part(p).clone() for name, p in self._parameters.items()}
         for name, parameter in self._parameters.items():
-            if is_divided(parameter):
-                put(local_part(parameter), 0, self.averages[name])
-            else:
-                local_part(parameter).copy_(self.whole(name))
+            self._put(name, parameter)
         try:
             yield
         finally:
             forget_gathered(self._module)
             for name, parameter in self._parameters.items():
                 local_part(parameter).copy_(kept[name])
+
+    @torch.no_grad()
+    def settle(self, chosen: Callable[[str], bool]) -> None:
+        """Let the averages of the parameters that `chosen` knows by name be their weights from now on. Collective."""
+        forget_gathered(self._module)
+        for name, parameter in self._parameters.items():
+            if chosen(name):
+                self._put(name, parameter)
+                if (piece := self._pieces.get(name)) is not None:
+                    piece.write("weight", self.averages[name])
+
+    def _put(self, name: str, parameter: Tensor) -> None:
+        """The average in place of what the forward pass reads."""
+        if is_divided(parameter):
+            put(local_part(parameter), 0, self.averages[name])
+        else:
+            local_part(parameter).copy_(self.whole(name))
 
     def parts(self) -> list[tuple[str, int, int]]:
         """(name, start, count) of what this rank averages: elements [start, start + count) of the flat parameter."""

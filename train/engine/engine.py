@@ -108,10 +108,11 @@ class Engine:
         zero["reduce_bucket_size"] = bucket_elements(self.config.engine, trained)
         self.engine, _ = self._accelerator.prepare(module, optimizer)
 
-    def set_learning_rates(self, restorer: float, prior: float) -> None:
-        """Learning rates of the coming step."""
+    def set_learning_rates(self, restorer: float, prior: float, spe: float | None = None) -> None:
+        """Learning rates of the coming step; spe None: the restorer's."""
+        rates = {"restorer": restorer, "prior": prior, "spe": restorer if spe is None else spe}
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = prior if group["prior"] else restorer
+            group["lr"] = rates[group["part"]]
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Training forward, under the run's precision."""

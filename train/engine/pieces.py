@@ -122,3 +122,19 @@ def forget_updates(engine: Engine, rested: Callable[[str], bool]) -> None:
             for key in MOMENTS:
                 piece.write(key, torch.zeros_like(piece.read(key)))
             piece.set_updates(0)
+
+
+def forget_gradients(engine: Engine) -> None:
+    """Between two steps: let the parameters that will get no gradients from now on have none.
+
+    DeepSpeed 0.19.8 keeps the last gradient of such a parameter in its buffers under ZeRO 3 and with offloading, and
+    goes on to count it in the norm that clips, and to step by it.
+    """
+    outer = engine.engine.optimizer
+    buffer = getattr(outer, "grad_partitions_flat_buffer", None)
+    if isinstance(buffer, Tensor):
+        buffer.zero_()
+    getattr(outer, "norm_for_param_grads", {}).clear()
+    for piece in pieces(engine):
+        if piece.flat.grad is not None:
+            piece.flat.grad.zero_()

@@ -12,7 +12,7 @@ from train.engine.precision import (
     precision_settings,
 )
 
-PRIOR = "prior."  # names of the parameters that the distilling steps train begin so
+PRIOR, SPE = "prior.", "spe."  # so begin the names of the prior network's and of the embeddings' parameters
 
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 TYPES = ("torch_autocast", "bf16", "bfloat16", "fp16", "amp")
@@ -22,15 +22,21 @@ OURS_ZERO = ("stage", "overlap_comm", "offload_optimizer", "offload_param", "cpu
 
 
 def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """AdamW's groups: {student and fusion, everything else} × {matrices decay, vectors do not}; none is empty."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """AdamW's groups: {student and fusion, embeddings, everything else} × {matrices decay, vectors do not}; none is
+    empty. Each says its `part`: prior, spe or restorer."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith(PRIOR), parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((part_of(name), parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": params, "prior": prior, "weight_decay": config.optim.weight_decay if decays else 0.0}
-        for (prior, decays), params in groups.items()
+        {"params": params, "part": part, "weight_decay": config.optim.weight_decay if decays else 0.0}
+        for (part, decays), params in groups.items()
     ]
+
+
+def part_of(name: str) -> str:
+    """Whose parameter it is, by its name: prior, spe or restorer."""
+    return "prior" if name.startswith(PRIOR) else "spe" if name.startswith(SPE) else "restorer"
 
 
 def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:

@@ -212,6 +212,11 @@ class CachedTargets:
                 line += f", {count} {what}"
         return line if self.active else f"turned off; {line}"
 
+    def retire(self) -> None:
+        """Look nothing up and keep nothing from now on."""
+        if self.active:
+            self._turn_off()
+
     def close(self) -> None:
         """Write what waits, close the files."""
         if self.active:

@@ -21,7 +21,7 @@ from train.objective.targets import CachedTargets, cache_spec
 
 
 class DeblurTask:
-    """Teacher and losses of a run (without a prior: the restoration loss alone).
+    """Teacher and losses of a run (without a prior, or with one that never learns: the restoration loss alone).
 
     The teacher is not part of the trained module and not in any checkpoint.
     """
@@ -33,7 +33,7 @@ class DeblurTask:
         self.teacher: Teachers | None = None
         self.features: CrossLevelFeatureLoss | None = None
         self.targets: CachedTargets | None = None
-        if config.model.prior:
+        if config.taught:
             self.teacher = build_teachers(config.model).to(device)
             classify = None
             if config.loss.logits:
@@ -54,6 +54,11 @@ class DeblurTask:
         """Have the training batches' features come through the node's cache, where the configuration wants one."""
         if self.teacher is not None and self.config.features.cache != "off":
             self.targets = CachedTargets(self.teacher, self.config, self.device, rank, over_ranks)
+
+    def close_targets(self) -> None:
+        """No batch's features are asked for any more: let the cache finish its writing."""
+        if self.targets is not None:
+            self.targets.retire()
 
     @cached_property
     def teacher_digest(self) -> str | None:

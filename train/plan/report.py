@@ -42,9 +42,7 @@ def stages_of(config: Config, cluster: Cluster) -> list[Stage]:
     micro = config.micro_batch(cluster.world)
     with torch.device("meta"):
         network = build_model(config)
-        teachers = (
-            [build_encoder(spec, read=False) for spec in teacher_specs(config.model)] if config.model.prior else []
-        )
+        teachers = [build_encoder(spec, read=False) for spec in teacher_specs(config.model)] if config.taught else []
     crop = config.data.crop
     counted = [(summarize(each, (crop, crop)).macs, operators_of(each, crop)) for each in (network, *teachers)]
     (macs, operators), of_teachers = counted[0], counted[1:]

@@ -22,12 +22,17 @@ def run_facts(
     return {
         **sources,
         "model": f"{config.model.backbone['name']} with "
-        + (f"the prior of {config.model.teacher_names}" if config.model.prior else "no prior")
+        + (
+            f"the {'frozen ' if config.student_rests else ''}prior of {config.model.teacher_names}"
+            if config.model.prior
+            else "no prior"
+        )
         + f", {trainable(engine.module):,} trained parameters",
         "steps": "; then ".join(
             f"{each.last - each.first} of {each.batch} pairs, {each.crop} px crops" for each in phases(config)
         )
-        + (f"; the first {config.train.distill_steps} distill" if config.train.distill_steps else ""),
+        + (f"; the first {config.train.distill_steps} distill" if config.train.distill_steps else "")
+        + (f"; {config.train.spe_steps} the embeddings alone" if config.train.spe_steps else ""),
         "seconds in steps": f"{_seconds(records):.0f}",
         "share of a step": "; ".join(f"{name} {share:.0%}" for name, share in mean_shares(records).items())
         + " (parts of the model: forward passes)",

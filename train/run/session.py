@@ -23,6 +23,7 @@ from train.checkpoint.copier import Copier
 from train.checkpoint.far import FarFolder, far_folder
 from train.checkpoint.folder import Checkpoints
 from train.checkpoint.manifest import RunState, read_state
+from train.checkpoint.plug import PARTS, plug_in
 from train.checkpoint.resume import (
     check_computed_alike,
     check_fits,
@@ -47,8 +48,9 @@ from train.objective.task import DeblurTask
 from train.run.folder import RunFolder
 from train.run.kernels import guard_kernels
 from train.run.records import Records, logged
-from train.run.schedule import evaluation_due, learning_rates
+from train.run.schedule import evaluation_due, learning_rates, prior_learns, stage
 from train.run.shares import StepShares
+from train.run.stages import arrange, enter_stage
 from train.run.step import StepResult
 from train.watch.heartbeat import beat
 from train.watch.signals import StopRequest
@@ -193,7 +195,7 @@ class Session:
         self.ema = Ema(engine, config.train.ema)
         trained, where = trainable(engine.module), f"{engine.world} ranks on {engine.device.type}"
         log.info("%d trained parameters, %s, ZeRO %d, %s", trained, where, config.engine.zero, config.engine.precision)
-        self.step = 0
+        self.step, self._stage = 0, ""
         self.evaluation: Evaluation | None = None
         self._evaluated: int | None = None  # steps of the newest evaluation and checkpoint
         self._saved: int | None = None
@@ -202,6 +204,9 @@ class Session:
 
     def _first_weights(self, init: str | None) -> Deblurrer:
         """A fresh module with its weights and scales; nothing here waits for other ranks."""
+        plugged = [f"model.{part}_from" for part in PARTS if getattr(self.config.model, f"{part}_from") is not None]
+        if init is not None and plugged:
+            raise ValueError(f"--init gives all weights, {plugged[0]} some of them: leave one of them out")
         module = build_model(self.config).to(self.engine.device)
         folder = None if init is None else model_folder(init)
         if folder is not None:
@@ -210,6 +215,9 @@ class Session:
         self.task.calibrate(module, self._calibration_batches())
         if folder is not None and module.prior is not None:
             load_pretrained(module, folder)  # with the scales that belong to these weights
+        self._origins = plug_in(module, self.config)
+        for part, origin in self._origins.items():
+            log.info("%s taken from %s (digest %s)", part, origin["from"], origin["digest"])
         return module
 
     def _calibration_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -229,7 +237,9 @@ class Session:
         config, engine = self.config, self.engine
         beat("start")
         self.task.load_state_dict(self.checkpoints.restore(checkpoint, engine, self.ema))
-        self.step = read_state(checkpoint).step
+        self.step, self._origins = read_state(checkpoint).step, read_state(checkpoint).origins
+        if self.step > 0:
+            self._stage = arrange(self.step - 1, engine, self.task)
         if checkpoint.resolve() == self.checkpoints.path(self.step).resolve():
             self._saved = self.step
         log.info("resumed %s at step %d of %d", checkpoint, self.step, config.train.steps)
@@ -269,7 +279,8 @@ class Session:
         """The training stream from where the run stands to its end."""
         engine = self.engine
         with engine.agreed():
-            self.task.open_targets(engine.rank, engine.sum)
+            if prior_learns(self.step, self.config):
+                self.task.open_targets(engine.rank, engine.sum)
         if self.records is not None:
             self.records.begin_bar()
         return self._batches()
@@ -295,6 +306,13 @@ class Session:
             )
             self._streams.append(stream)
             yield from stream
+
+    def begin(self, step: int) -> None:
+        """Enter the stage of the 0-based `step`, where it is another than that of the step before."""
+        if stage(step, self.config) != self._stage:
+            self._stage = enter_stage(step, self.engine, self.task, self.ema)
+            resting = self.engine.module.prior is not None and self.engine.module.prior.resting
+            log.info("step %d: stage %s%s", step + 1, self._stage, ", the prior rests" if resting else "")
 
     def record(self, step: int, result: StepResult) -> None:
         """Count, show and write down a step."""
@@ -388,6 +406,7 @@ class Session:
             teacher_digest=self.task.teacher_digest,
             versions=versions(),
             pairs_version=PAIRS_VERSION,
+            origins=self._origins,
         )
         if self.engine.main:
             self.folder.sync_metrics()

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 import torch
 
 from train.engine.engine import Engine
-from train.engine.pieces import forget_updates
-from train.engine.settings import PRIOR
 from train.objective.task import DeblurTask
 from train.run.schedule import cfl_weight, learning_rates
 from train.watch.heartbeat import PROGRESS, beat
@@ -69,16 +67,14 @@ def training_step(
     config = engine.config
     started = time.perf_counter()
     distill = step < config.train.distill_steps
-    restorer, prior = learning_rates(step, config)
+    rates = learning_rates(step, config)
     cfl = cfl_weight(step, config)
     wait_s, finite = 0.0, True
     means: dict[str, float] = {}
     not_finite: dict[str, None] = {}
     batches: list[dict] = []
-    if step == config.train.distill_steps > 0:  # the restorer has waited: its updates begin now
-        forget_updates(engine, lambda name: not name.startswith(PRIOR))
     # Rates are set before the last backward: DeepSpeed updates inside `step()` at the accumulation boundary.
-    engine.set_learning_rates(restorer, prior)
+    engine.set_learning_rates(*rates)
     for batch, waited in micro_batches(loader, config.train.accumulation):
         beat("step")
         wait_s += waited
@@ -96,7 +92,7 @@ def training_step(
         if bad:
             finite = False
             not_finite |= dict.fromkeys(name for name, value in named.items() if not torch.isfinite(value).all())
-            loss = zero_loss(engine, task, batch, distill)
+            loss = zero_loss(engine, task, batch, distill, cfl)
             engine.set_learning_rates(0.0, 0.0)
         engine.backward_and_step(loss)
         for name, value in zip(named, (told / engine.world).tolist(), strict=True):
@@ -110,7 +106,7 @@ def training_step(
     return StepResult(
         loss=loss_value,
         parts=means,
-        lr=prior if distill else restorer,
+        lr=rates.prior if distill else rates.restorer or rates.spe,
         grad_norm=engine.grad_norm() if finite else None,
         finite=finite and math.isfinite(loss_value),
         wait_s=wait_s,
@@ -122,12 +118,12 @@ def training_step(
     )
 
 
-def zero_loss(engine: Engine, task: DeblurTask, batch: dict, distill: bool) -> torch.Tensor:
+def zero_loss(engine: Engine, task: DeblurTask, batch: dict, distill: bool, cfl: float) -> torch.Tensor:
     """A loss whose gradient is zero, for a micro-batch that must not count: DeepSpeed wants its backward all the same
     (it counts micro-batches, and under ZeRO every rank must take part in the reduction)."""
     black = batch | {name: torch.zeros_like(batch[name]) for name in ("blurry", "sharp")}
     black.pop("features", None)  # of the true crops
-    loss, _ = task.losses(engine.forward, black, distill=distill, autocast=engine.autocast())
+    loss, _ = task.losses(engine.forward, black, distill=distill, autocast=engine.autocast(), cfl=cfl)
     if not torch.isfinite(loss):
         raise WeightsNotFiniteError(
             "the weights themselves are not finite: the run diverged; start again from its last checkpoint: --init it, "

@@ -21,7 +21,7 @@ SIZES = {
 
 
 def test_there_is_a_recipe_for_every_network():
-    assert RECIPES == sorted(SIZES)
+    assert sorted(SIZES) == RECIPES
 
 
 @pytest.mark.parametrize("name", SIZES)

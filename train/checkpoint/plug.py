@@ -1,0 +1,120 @@
+"""A prior or a backbone taken over from another run: its settings, its weights, and where they are from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.config import ModelConfig
+from model.deblurrer import Deblurrer
+from model.encoder import weights_digest
+from model.pretrained import CONFIG, load_config, load_state, load_strictly
+from train.checkpoint.saved import model_folder
+from train.config.file import build_config
+from train.config.file import load_config as load_run_config
+from train.config.schema import Config
+
+PARTS = ("backbone", "prior")
+SHAPING = ("name", "fusion", "width", "residual")  # settings of a student that decide its tensors and what they mean
+
+
+def with_plugged(config: Config, *, resumed: bool = False) -> Config:
+    """The configuration with the settings of what it takes over from other runs (`model.backbone_from`,
+    `model.prior_from`) filled in where it does not give its own, and their paths absolute.
+
+    resumed: a run goes on, so that its own folder says them, whatever became of those other runs. ValueError where a
+    prior's settings are given and differ, or there is no such model.
+    """
+    sources = {part: getattr(config.model, f"{part}_from") for part in PARTS}
+    sources = {part: str(Path(path).expanduser().absolute()) for part, path in sources.items() if path is not None}
+    if not sources:
+        return config
+    own = config.run.folder / CONFIG
+    before = load_run_config(own).model if resumed and own.is_file() else None
+    values = config.model_dump(mode="json")
+    for part, path in sources.items():
+        same = before is not None and getattr(before, f"{part}_from") == path
+        theirs = before if same else _saved_config(model_folder(path)).model
+        taken = _prior_settings(config.model, theirs, path) if part == "prior" else _backbone(config.model, theirs)
+        values["model"] |= {f"{part}_from": path, **taken}
+    return build_config(values)
+
+
+def plug_in(network: Deblurrer, config: Config) -> dict[str, dict[str, str]]:
+    """Copy the weights that the configuration takes over into a network; every other weight stays. Returns, by part,
+    where they are `from` and their `digest` (`model.encoder.weights_digest`).
+
+    ValueError where a file is damaged, has no such part, or one that does not fit: names, shapes, values that are not
+    finite, a prior whose scales were never measured.
+    """
+    origins = {}
+    for part in PARTS:
+        source = getattr(config.model, f"{part}_from")
+        if source is None:
+            continue
+        folder, module = model_folder(source), getattr(network, part)
+        state = part_state(folder, part)
+        mine, theirs = (
+            {"backbone": c.model.backbone, "prior": _shape(c.model)} for c in (config, _saved_config(folder))
+        )
+        advice = f" (its {part}: {theirs[part]}; this one: {mine[part]})"
+        load_strictly(module, state, f"{folder}: its {part} does not fit this model", advice)
+        if part == "prior" and not module.statistics.calibrated:
+            raise ValueError(f"{folder}: its prior was never calibrated: take that of a run that has trained")
+        origins[part] = {"from": str(folder), "digest": weights_digest(module)}
+    return origins
+
+
+def part_state(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of a saved model's backbone or prior, under their names in it. ValueError where there are none, or
+    a value is not finite."""
+    state = {
+        name.removeprefix(f"{part}."): value
+        for name, value in load_state(folder).items()
+        if name.startswith(f"{part}.")
+    }
+    if not state:
+        raise ValueError(f"{folder}: holds no {part}: name a run, a checkpoint or an exported model that has one")
+    bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{folder}: its {part} cannot be used: values of {bad[0]} are not finite")
+    return state
+
+
+def _saved_config(folder: Path) -> Config:
+    return build_config(load_config(folder), {(): str(folder / CONFIG if folder.is_dir() else folder)})
+
+
+def _backbone(mine: ModelConfig, theirs: ModelConfig) -> dict[str, Any]:
+    return {} if "backbone" in mine.model_fields_set else {"backbone": theirs.backbone}
+
+
+def _prior_settings(mine: ModelConfig, theirs: ModelConfig, path: str) -> dict[str, Any]:
+    """`levels`, `teacher` and `student` of a prior, for a model that may give some of them itself."""
+    if not theirs.prior:
+        raise ValueError(f"model.prior_from {path}: that run has no prior (its model.prior is false)")
+    given, given_student = mine.model_fields_set, mine.student.model_fields_set
+    wanted = _shape(theirs)
+    shapes = _shape(mine if "teacher" in given else mine.model_copy(update={"teacher": theirs.teacher}))
+    told = {"levels": "levels" in given, "teacher": "teacher" in given}
+    told |= {f"student.{key}": "student" in given and key in given_student for key in SHAPING}
+    for key, is_given in told.items():
+        if is_given and shapes[key] != wanted[key]:
+            raise ValueError(
+                f"model.prior_from {path}: its prior has {key} {wanted[key]}, and model.{key} is {shapes[key]} here: "
+                "leave that out, or set it to the same"
+            )
+    taken: dict[str, Any] = {"levels": theirs.levels}
+    if "teacher" not in given:
+        taken["teacher"] = [each.model_dump(mode="json") for each in theirs.teacher]
+    own = mine.student.model_dump(mode="json", include=given_student) if "student" in given else {}
+    taken["student"] = theirs.student.model_dump(mode="json") | own
+    return taken
+
+
+def _shape(model: ModelConfig) -> dict[str, Any]:
+    """What of the settings decides a prior's tensors, and whose features they predict."""
+    student = model.student.model_dump(include=set(SHAPING)) | {"name": model.student.name or model.teacher[0].name}
+    return {"levels": model.levels, "teacher": model.teacher_names} | {f"student.{k}": v for k, v in student.items()}
