@@ -186,6 +186,8 @@ class Session:
             module = self._first_weights(init) if checkpoint is None else build_model(config, read_weights=False)
         beat("start")
         engine.wrap(module.to(engine.device))
+        if self.task.teacher is not None:
+            engine.replayed(self.task.teacher, "teacher", trained=False)
         self.ema = Ema(engine, config.train.ema)
         trained, where = trainable(engine.module), f"{engine.world} ranks on {engine.device.type}"
         log.info("%d trained parameters, %s, ZeRO %d, %s", trained, where, config.engine.zero, config.engine.precision)
