@@ -9,6 +9,7 @@ python train/main.py --config configs/large.yaml --dry-run --ranks 8      # chec
 --resume auto           go on with the run of that name, or start it
 --resume auto --extend N   go on with a finished run until step N (with --set optim.lr=… at another rate)
 --init RUN              start from the weights of a run, a checkpoint or an exported model
+--profile               three steps under torch's profiler, into the run's folder (profile.step, profile.steps: others)
 """
 
 import argparse
@@ -29,6 +30,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--extend", type=int, metavar="STEPS", help="with --resume: steps in all, more than the run had"
     )
     parser.add_argument("--init", metavar="RUN", help="weights to start from")
+    parser.add_argument("--profile", action="store_true", help="profile a window of steps")
     parser.add_argument("--dry-run", action="store_true", help="validate, count and plan; train nothing")
     parser.add_argument("--ranks", type=int, default=None, help="ranks to plan for in a dry run")
     return parser.parse_args(arguments)
@@ -36,6 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def train(args: argparse.Namespace, stop: StopRequest) -> None:
     from train.config.file import load_config
+    from train.config.schema import ProfileSection
 
     stop.heed()
     config = load_config(args.config, args.set)
@@ -43,6 +46,9 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         if not args.resume or args.dry_run:
             raise ValueError("--extend goes on with a run: give --resume auto, or a checkpoint, too")
         config = load_config(args.config, [*args.set, f"train.steps={args.extend}"])
+
+    if args.profile and config.profile is None:
+        config = config.model_copy(update={"profile": ProfileSection()})
 
     # Imported here, so that a wrong key is told in a second.
     from train.engine.engine import Engine

@@ -28,7 +28,8 @@ def deciding(config: Config) -> dict[str, Any]:
     """What of a configuration decides the losses of a run: not its name, nor what is written when, nor who computes
     (of the engine only the precision, and what goes to DeepSpeed as it is, count; of a batch its whole size). The data
     themselves are known by their index's digest; a cached feature equals a computed one in its stored form."""
-    facts = config.model_dump(mode="json", exclude={"run": {"name", "root"}, "checkpoint": True, "eval": True})
+    unasked = {"run": {"name", "root"}, "checkpoint": True, "eval": True, "profile": True}
+    facts = config.model_dump(mode="json", exclude=unasked)
     facts["data"]["weights"] = [source["weight"] for source in facts["data"]["train"] or [{"weight": 1.0}]]
     for section, keys in (
         ("data", ("workers", "train", "val", "cache", "stall_minutes")),

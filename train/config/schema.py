@@ -217,6 +217,13 @@ class EngineSection(Section):
         return "compile has launches of its own: choose one of the two" if self.compile else None
 
 
+class ProfileSection(Section):
+    step: int | None = Field(default=None, ge=1)
+    """First step of the window, from 1; None: ten steps after the start."""
+    steps: int = Field(default=3, ge=1, le=100)
+    """Steps in the window; a trace takes megabytes a step."""
+
+
 class CheckpointSection(Section):
     every: int = Field(default=500, ge=1)
     """Steps between checkpoints; one is always written at the end."""
@@ -263,6 +270,8 @@ class Config(Section):
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: Annotated[EvalSection, BeforeValidator(_switched)] = EvalSection()
+    profile: ProfileSection | None = None
+    """A window of steps under torch's profiler; None: no profile."""
 
     @model_validator(mode="after")
     def _learnable(self) -> Config:

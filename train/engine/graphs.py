@@ -38,8 +38,9 @@ class Graphs:
     A signature is the inputs' shapes, types and layouts, the keywords, training or not, and autocast. Its first
     `eager_calls` calls run eagerly. Calls without grad mode (evaluation) always do. trained: whether gradients are
     wanted, else the forward pass alone is captured (a frozen teacher).
-    strict: what cannot be captured is an error, not eager. tell: say what happens, on one rank. agree: a rank's reason or None → the first reason of all
-    ranks: they replay together or not at all, because the order in which gradients arrive decides what shares a bucket.
+    strict: what cannot be captured is an error, not eager. tell: say what happens, on one rank. agree: a rank's reason
+    or None → the first reason of all ranks: they replay together or not at all, because the order in which gradients
+    arrive decides what shares a bucket.
     recording: whether the module's code is being recorded now, and what it tells is no step.
     """
 

@@ -44,8 +44,10 @@ from train.evaluate.scores import VALIDATION_SEED, Evaluation, evaluate_pairs, m
 from train.log import log, start_logging
 from train.objective.task import DeblurTask
 from train.run.folder import RunFolder
-from train.run.records import Records, logged
-from train.run.schedule import evaluation_due, learning_rates
+from train.run.profile import StepProfile
+from train.run.rates import Rates, peak_flops
+from train.run.records import Records
+from train.run.schedule import evaluation_due, learning_rates, logged
 from train.run.shares import StepShares
 from train.run.step import StepResult
 from train.watch.heartbeat import beat
@@ -80,6 +82,7 @@ class Session:
         self.copier: Copier | None = None
         self.records: Records | None = None
         self._stream: PairLoader | None = None
+        self._profile: StepProfile | None = None
         with contextlib.ExitStack() as opened:  # what is open is closed, the last first, also where opening fails
             opened.push(self._close_copier)  # last of all: the other ranks are let go by then
             self._open_folder(config, resumed=resume is not None)
@@ -256,9 +259,13 @@ class Session:
             if self._saved is not None:  # a killed run may not have come to it
                 self.copier.submit(self.checkpoints.path(self._saved))
         if self.engine.main:
-            shares = StepShares(self.engine.module, self.task.teacher)
-            self.engine.timed = shares.timed
-            self.records = opened.enter_context(Records(self.folder, self.config, self.console, self.step, shares))
+            engine, graphs = self.engine, self.engine.graphs
+            shares = StepShares(engine.module, self.task.teacher, lambda: graphs is not None and graphs.recording)
+            peak = peak_flops(engine.device, self.config.engine.precision, engine.world)
+            rates = Rates(self.config, engine.world, peak, self.step)
+            records = Records(self.folder, self.config, self.console, self.step, shares, rates)
+            engine.timed = records.timed
+            self.records = opened.enter_context(records)
 
     # -- the loop's calls ---------------------------------------------------------------------------------------------
 
@@ -280,6 +287,9 @@ class Session:
         )
         if self.records is not None:
             self.records.begin_bar()
+            if config.profile is not None:
+                self._profile = StepProfile(self.folder.path, config.profile, self.step, engine.device)
+                self._opened.callback(self._profile.close)
         self._stream = stream
         return iter(stream)
 
@@ -295,6 +305,8 @@ class Session:
             for line in slow:
                 log.warning(line)
             self.records.step(step, result)
+        if self._profile is not None:
+            self._profile.between(step)
 
     def catch_up(self) -> None:
         """The evaluation that belongs to where the run stands, if none was made: before the first step, and after a
