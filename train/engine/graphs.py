@@ -65,6 +65,7 @@ class Graphs:
         self._seen: Counter[tuple] = Counter()
         self._calls: dict[tuple, _Call] = {}
         self._moves: Counter[tuple] = Counter()
+        self._used: dict[tuple, set[int]] = {}
         self._off = self._full = False
         module.forward = self._forward
 
@@ -73,9 +74,11 @@ class Graphs:
             return self.plain(*inputs, **keywords)
         key = self._signature(inputs, keywords)
         if (call := self._calls.get(key)) is None:
-            if self._full or self._seen[key] < self._eager_calls:
-                self._seen[key] += 1
+            if self._full:
                 return self.plain(*inputs, **keywords)
+            if self._seen[key] < self._eager_calls:
+                self._seen[key] += 1
+                return self._watched(key, self.plain(*inputs, **keywords))
             if len(self._calls) == MOST_SIGNATURES:
                 self._full = True
                 self._say(f"more than {MOST_SIGNATURES} shapes of calls: the others run eagerly")
@@ -88,11 +91,22 @@ class Graphs:
         self.replays += 1
         return call(inputs)
 
+    def _watched(self, key: tuple, result: Any) -> Any:
+        """The result of an eager call, whose backward pass tells which tensors of it a loss uses."""
+        used = self._used[key] = set()
+        leaves, form = tree_flatten(result)
+        for place, tensor in enumerate(_tensors(leaves)):
+            if tensor.requires_grad:
+                alias = tensor.view_as(tensor)  # of its own: a tensor inside the network has a gradient anyway
+                alias.register_hook(lambda _, place=place: used.add(place))
+                leaves = [alias if leaf is tensor else leaf for leaf in leaves]
+        return tree_unflatten(leaves, form)
+
     def _first_capture(self, key: tuple, inputs: tuple, keywords: dict) -> _Call | None:
         """The captured call, or None on every rank where one could not."""
         reason, call = None, None
         try:
-            call = self._capture(inputs, keywords)
+            call = self._capture(key, inputs, keywords)
         except Exception as error:  # whatever torch, a kernel or a driver says
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if isinstance(error, NotCapturedError):
@@ -115,13 +129,13 @@ class Graphs:
             raise RuntimeError(f"{self.what}: its parameters move in memory again and again: set engine.graphs to off")
         if self._tell:
             log.warning("%s: its parameters moved in memory: CUDA graphs are captured again", self.what)
-        self._calls[key] = call = self._capture(inputs, keywords)
+        self._calls[key] = call = self._capture(key, inputs, keywords)
         return call
 
-    def _capture(self, inputs: tuple, keywords: dict) -> _Call:
+    def _capture(self, key: tuple, inputs: tuple, keywords: dict) -> _Call:
         self._refuse_hooks()
         with self.quiet(), kept_buffers(self.module), _kept_generators(inputs):
-            return _Call(self, inputs, keywords)
+            return _Call(self, inputs, keywords, self._used.get(key))
 
     def _refuse_hooks(self) -> None:
         """A hook runs while it is captured, and never again."""
@@ -157,10 +171,14 @@ class Graphs:
 
 
 class _Call:
-    """One captured signature. Values go in and out by copies: what the caller holds is never overwritten."""
+    """One captured signature. Values go in and out by copies: what the caller holds is never overwritten.
 
-    def __init__(self, owner: Graphs, inputs: tuple, keywords: dict) -> None:
-        self.owner, self.keywords = owner, keywords
+    used: which tensors of the result get a gradient, as the eager calls showed (None: all that may). A gradient of
+    zeros in place of none would be the same sum in another order of memory, and so other last bits.
+    """
+
+    def __init__(self, owner: Graphs, inputs: tuple, keywords: dict, used: set[int] | None) -> None:
+        self.owner, self.keywords, self.used = owner, keywords, used
         device = _device(inputs)
         enabled, dtype = _autocast_state(device)
         # Weights cast by autocast are not kept between captures: the copies would lie in memory that is used again.
@@ -169,11 +187,10 @@ class _Call:
             _like(x).copy_(x.detach()).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs
         ]
         self._memory = _addresses(owner.module)
-        candidates = [x for x in self._placed if isinstance(x, Tensor) and x.requires_grad] if owner.trained else []
-        places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
+        places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad] if owner.trained else []
         parameters = [p for p in owner.module.parameters() if p.requires_grad] if owner.trained else []
-        self._surface: list[Tensor] = [*candidates, *parameters]
-        self._results: list[Any] = []
+        self._surface: list[Tensor] = [*(self._placed[place] for place in places), *parameters]
+        self._results: list[Tensor] = []
         with owner.recorder.side():
             for _ in range(WARM_UP):
                 self._run_forward()
@@ -183,32 +200,34 @@ class _Call:
         reached = [gradient is not None for gradient in gradients]
         self._surface = [x for x, there in zip(self._surface, reached, strict=True) if there]
         self._input_places = [i for i, there in zip(places, reached, strict=False) if there]
-        self._parameters = [p for p, there in zip(parameters, reached[len(candidates) :], strict=True) if there]
+        self._parameters = [p for p, there in zip(parameters, reached[len(places) :], strict=True) if there]
+        self._others = [p for p, there in zip(parameters, reached[len(places) :], strict=True) if not there]
         del gradients
         self._outputs: Captured = owner.recorder.capture(self._run_forward)
         self._gradient_places()
         self._gradients: Captured | None = owner.recorder.capture(self._run_backward) if self._surface else None
-        self._differentiable = [leaf.requires_grad for leaf in self._results if isinstance(leaf, Tensor)]
+        self._differentiable = [tensor.requires_grad for tensor in self._results]
         self._fresh = _FreshMemory(self._gradients.tensors if self._gradients is not None else [])
 
     # -- what is captured ---------------------------------------------------------------------------------------------
 
     def _run_forward(self) -> list[Tensor | None]:
         with torch.set_grad_enabled(self.owner.trained), self._autocast():
-            result = self.owner.plain(*self._placed, **self.keywords)
-        self._results, self._form = tree_flatten(result)
-        return [leaf.detach() for leaf in self._results if isinstance(leaf, Tensor)]
+            self._leaves, self._form = tree_flatten(self.owner.plain(*self._placed, **self.keywords))
+        self._results = _tensors(self._leaves)
+        return [tensor.detach() for tensor in self._results]
 
     def _gradient_places(self) -> None:
         """Where gradients of the results are put before the backward pass."""
-        self._given = [torch.zeros_like(leaf) if _wants(leaf) else None for leaf in self._results]
+        if self.used is None:
+            self.used = {place for place, tensor in enumerate(self._results) if tensor.requires_grad}
+        self._given = {place: torch.zeros_like(self._results[place]) for place in sorted(self.used)}
 
     def _run_backward(self) -> list[Tensor | None]:
-        results = [leaf for leaf in self._results if _wants(leaf)]
+        results = [self._results[place] for place in self._given]
         if not results or not self._surface:
             return [None] * len(self._surface)
-        given = [place for place in self._given if place is not None]
-        return list(torch.autograd.grad(results, self._surface, given, allow_unused=True))
+        return list(torch.autograd.grad(results, self._surface, list(self._given.values()), allow_unused=True))
 
     # -- replaying ----------------------------------------------------------------------------------------------------
 
@@ -223,7 +242,7 @@ class _Call:
             wanted = [inputs[place] for place in self._input_places]
             values = _Replayed.apply(self, inputs, *wanted, *self._parameters)
         values = iter(values)
-        leaves = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in self._results]
+        leaves = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return tree_unflatten(leaves, self._form)
 
     @torch.no_grad()
@@ -238,24 +257,28 @@ class _Call:
     def replayed_backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Fresh gradients of the surface; the graph's own memory is overwritten by the next replay, while autograd may
         keep what it is given as a parameter's `grad`, and DeepSpeed in its buckets."""
-        places = [place for place, leaf in zip(self._given, self._results, strict=True) if isinstance(leaf, Tensor)]
-        for place, gradient in zip(places, gradients, strict=True):
-            if place is not None:
-                place.zero_() if gradient is None else place.copy_(gradient)
+        for place, memory in self._given.items():
+            memory.copy_(gradients[place])
         with self.owner.quiet():
             self._gradients.replay()
         return self._fresh.copies(self._gradients.tensors)
 
     def computed_again(self, inputs: tuple, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The same gradients from an eager pass, where a later call's replay has taken the memory of this one's."""
+        """The same gradients from an eager pass, where a later call's replay has taken the memory of this one's, or
+        other results are used than when it was captured."""
         inputs = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs)
         with self.owner.quiet(), kept_buffers(self.owner.module), torch.enable_grad(), self._autocast():
-            leaves = tree_flatten(self.owner.plain(*inputs, **self.keywords))[0]
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            pairs = [(t, g) for t, g in zip(tensors, gradients, strict=True) if g is not None and t.requires_grad]
+            results = _tensors(tree_flatten(self.owner.plain(*inputs, **self.keywords))[0])
+            pairs = [(t, g) for t, g in zip(results, gradients, strict=True) if g is not None and t.requires_grad]
             surface = [*(inputs[place] for place in self._input_places), *self._parameters]
-            results, given = zip(*pairs, strict=True)
-            return list(torch.autograd.grad(results, surface, given, allow_unused=True))
+            used, given = zip(*pairs, strict=True)
+            found = torch.autograd.grad(used, [*surface, *self._others], given, allow_unused=True)
+        if any(gradient is not None for gradient in found[len(surface) :]):
+            raise RuntimeError(
+                f"{self.owner.what}: a loss reaches parameters that none reached when CUDA graphs were captured: set "
+                "engine.graphs to off"
+            )
+        return list(found[: len(surface)])
 
     def _place(self, inputs: tuple) -> None:
         for place, value in zip(self._placed, inputs, strict=True):
@@ -283,7 +306,8 @@ class _Replayed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         call, owner = ctx.call, ctx.call.owner
-        if owner.newest is ctx.ticket:
+        used = {place for place, gradient in enumerate(gradients) if gradient is not None}
+        if owner.newest is ctx.ticket and used == call.used:
             owner.newest = None  # its intermediate results are used up
             return None, None, *call.replayed_backward(gradients)
         return None, None, *call.computed_again(ctx.inputs, gradients)
@@ -343,8 +367,8 @@ def _addresses(module: nn.Module) -> list[tuple[int, bool]]:
     return found + [(b.data_ptr(), False) for b in module.buffers()]
 
 
-def _wants(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad
+def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _like(tensor: Tensor) -> Tensor:

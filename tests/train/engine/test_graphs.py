@@ -196,6 +196,31 @@ def test_unused_results_and_parameters_out_of_reach():
     assert all(torch.equal(a, b) for a, b in zip(*grads.values(), strict=True))
 
 
+def test_a_result_that_no_loss_uses_gets_no_zeros_and_one_that_is_used_later_gets_its_gradient():
+    plain, module = small(), small()
+    found = graphed(module, eager_calls=1)
+    for each in (plain, module):
+        for number in range(3):
+            each(image(number)).maps[1].sum().backward()
+    (call,) = found._calls.values()
+    assert call.used == {1}
+    assert found.recorder.replayed == 4
+    for each in (plain, module):
+        loss_of(each(image(5))).backward()
+    assert found.recorder.replayed == 5  # the backward pass was computed again
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), module.parameters(), strict=True)
+               if a.grad is not None)  # fmt: skip
+
+
+def test_a_loss_that_reaches_new_parameters_is_no_silent_loss_of_a_gradient():
+    module = small()
+    graphed(module, eager_calls=1)
+    for number in range(2):
+        module(image(number)).maps[0].sum().backward()
+    with pytest.raises(RuntimeError, match="a loss reaches parameters that none reached when"):
+        module(image(3)).maps[1].sum().backward()
+
+
 def test_hooks_on_accumulated_gradients_are_called_once_a_pass_and_only_for_reached_parameters():
     module = small()
     graphed(module, eager_calls=0)
