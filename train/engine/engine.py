@@ -113,16 +113,17 @@ class Engine:
         zero = self._accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["reduce_bucket_size"] = bucket_elements(self.config.engine, trained)
         self.engine, _ = self._accelerator.prepare(module, optimizer)
-        reason, possible = self.config.engine.no_graphs, self.device.type in RECORDERS
-        if self.main and possible and reason is not None and self.config.engine.graphs == "auto":
-            log.warning("network: no CUDA graphs: %s", reason)
         self.graphs = self.replayed(self.module, "network", agree=self._first_reason)
 
     def replayed(self, module: nn.Module, what: str, *, trained: bool = True, **more: Any) -> Graphs | None:
         """Have a module's training calls replayed as CUDA graphs, where the configuration and the device allow it. A
         frozen one (`trained` False) may be captured under ZeRO 3 too, which does not touch it."""
         engine, kind = self.config.engine, self.device.type
-        if engine.graphs == "off" or kind not in RECORDERS or (trained and engine.no_graphs is not None):
+        if engine.graphs == "off" or kind not in RECORDERS:
+            return None
+        if trained and engine.no_graphs is not None:
+            if self.main:
+                log.warning("%s: no CUDA graphs: %s", what, engine.no_graphs)
             return None
         calls = EAGER_CALLS * self.config.train.accumulation
         more |= {"trained": trained, "strict": engine.graphs == "on", "eager_calls": calls, "tell": self.main}

@@ -1,6 +1,7 @@
 """Replayed passes give the bits of eager ones; on a CPU, where a stand-in replays by running the function again."""
 
 import gc
+import itertools
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 from tests.train.engine.test_network import network
 from tests.train.rerun import RerunRecorder
+from train.config.schema import Config, EngineSection
 from train.engine import graphs as subject
+from train.engine.capture import RECORDERS
+from train.engine.engine import Engine
 from train.engine.graphs import MOST_SIGNATURES, Graphs, kept_buffers
 from train.engine.network import recompute_blocks
 
@@ -398,6 +402,31 @@ def test_hooks_of_the_module_itself_and_those_that_may_rest_do_not():
     module(image(2))
     assert found.replays == 2
     assert len(doubled) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"zero": 3}, "under zero 3 parameters are gathered and let go in every pass"),
+        ({"compile": True}, "compile has launches of its own: choose one of the two"),
+    ],
+)
+def test_settings_under_which_no_trained_network_is_captured(settings, reason, monkeypatch, caplog):
+    """`auto`: a line, on one rank, and only where graphs were possible; `on`: refused before anything starts."""
+    with pytest.raises(ValueError, match=f"graphs on: {reason}; set it to auto"):
+        EngineSection(graphs="on", **settings)
+    monkeypatch.setitem(RECORDERS, "cuda", lambda device: RerunRecorder())
+    for graphs, kind, rank in itertools.product(("auto", "off"), ("cuda", "cpu"), (0, 1)):
+        caplog.clear()
+        engine = object.__new__(Engine)
+        engine.config = Config(engine={**settings, "graphs": graphs})
+        engine.device, engine.rank = torch.device(kind), rank
+        assert engine.replayed(small(), "network") is None
+        told = (graphs, kind, rank) == ("auto", "cuda", 0)
+        assert caplog.messages == ([f"network: no CUDA graphs: {reason}"] if told else [])
+        # A frozen teacher is no parameter of ZeRO's, nor compiled here.
+        teacher = engine.replayed(small(), "teacher", trained=False)
+        assert (teacher is not None) == ((graphs, kind) == ("auto", "cuda"))
 
 
 def test_nothing_of_a_dropped_call_is_kept():
