@@ -65,7 +65,7 @@ class Graphs:
         self._seen: Counter[tuple] = Counter()
         self._calls: dict[tuple, _Call] = {}
         self._moves: Counter[tuple] = Counter()
-        self._used: dict[tuple, set[int]] = {}
+        self._used: dict[tuple, dict[int, tuple[int, ...]]] = {}
         self._off = self._full = False
         module.forward = self._forward
 
@@ -92,13 +92,13 @@ class Graphs:
         return call(inputs)
 
     def _watched(self, key: tuple, result: Any) -> Any:
-        """The result of an eager call, whose backward pass tells which tensors of it a loss uses."""
-        used = self._used[key] = set()
+        """The result of an eager call, whose backward pass tells which tensors of it get gradients of which strides."""
+        used = self._used[key] = {}
         leaves, form = tree_flatten(result)
         for place, tensor in enumerate(_tensors(leaves)):
             if tensor.requires_grad:
                 alias = tensor.view_as(tensor)  # of its own: a tensor inside the network has a gradient anyway
-                alias.register_hook(lambda _, place=place: used.add(place))
+                alias.register_hook(lambda gradient, place=place: used.update({place: gradient.stride()}))
                 leaves = [alias if leaf is tensor else leaf for leaf in leaves]
         return tree_unflatten(leaves, form)
 
@@ -173,12 +173,15 @@ class Graphs:
 class _Call:
     """One captured signature. Values go in and out by copies: what the caller holds is never overwritten.
 
-    used: which tensors of the result get a gradient, as the eager calls showed (None: all that may). A gradient of
-    zeros in place of none would be the same sum in another order of memory, and so other last bits.
+    strides: of the gradients of those tensors of the result that get one, by their place, as the eager calls showed
+    (None: all that may, laid out as the results). Zeros in place of none, or another layout, would make sums go through
+    memory in another order, and give other last bits.
     """
 
-    def __init__(self, owner: Graphs, inputs: tuple, keywords: dict, used: set[int] | None) -> None:
-        self.owner, self.keywords, self.used = owner, keywords, used
+    def __init__(
+        self, owner: Graphs, inputs: tuple, keywords: dict, strides: dict[int, tuple[int, ...]] | None
+    ) -> None:
+        self.owner, self.keywords, self._strides = owner, keywords, strides
         device = _device(inputs)
         enabled, dtype = _autocast_state(device)
         # Weights cast by autocast are not kept between captures: the copies would lie in memory that is used again.
@@ -219,9 +222,11 @@ class _Call:
 
     def _gradient_places(self) -> None:
         """Where gradients of the results are put before the backward pass."""
-        if self.used is None:
-            self.used = {place for place, tensor in enumerate(self._results) if tensor.requires_grad}
-        self._given = {place: torch.zeros_like(self._results[place]) for place in sorted(self.used)}
+        strides = self._strides
+        if strides is None:
+            strides = {place: x.stride() for place, x in enumerate(self._results) if x.requires_grad}
+        self._given = {place: _memory(self._results[place], strides[place]) for place in sorted(strides)}
+        self.used = set(strides)
 
     def _run_backward(self) -> list[Tensor | None]:
         results = [self._results[place] for place in self._given]
@@ -374,6 +379,16 @@ def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
 def _like(tensor: Tensor) -> Tensor:
     """Memory with the same strides, gaps included: reductions of it go through the elements in the same order."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _memory(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Zeros like a tensor, with these strides where its elements then have a place each (an expanded gradient has
+    fewer)."""
+    largest = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, strides, strict=True))
+    if expanded or largest + 1 != tensor.numel():
+        return torch.zeros_like(tensor)
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).zero_()
 
 
 def _described(inputs: tuple, keywords: dict) -> str:

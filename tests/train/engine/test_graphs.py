@@ -216,6 +216,28 @@ def test_a_result_that_no_loss_uses_gets_no_zeros_and_one_that_is_used_later_get
                if a.grad is not None)  # fmt: skip
 
 
+def test_gradients_reach_the_passes_in_the_layout_that_the_loss_gives_them():
+    """The sums of a bias's gradient go through memory in the layout's order: another one has other last bits."""
+    weights = torch.rand(2, 2, 60, 60, generator=torch.Generator().manual_seed(3))
+    weights = weights.contiguous(memory_format=torch.channels_last)  # and so the gradients; the results are not
+    found = {}
+    for name in ("plain", "graphed"):
+        module, seen = small(), []
+        if name == "graphed":
+            graphed(module, eager_calls=1)
+
+        def note(_, __, given, seen=seen):
+            seen.append(given[0].stride())
+
+        note.may_rest = True
+        module.second.register_full_backward_hook(note)
+        for number in range(3):
+            (module(image(number)).maps[1] * weights).sum().backward()
+        found[name] = set(seen), module.second.bias.grad, module.first.bias.grad
+    assert found["plain"][0] == found["graphed"][0] == {weights.stride()}
+    assert all(torch.equal(a, b) for a, b in zip(found["plain"][1:], found["graphed"][1:], strict=True))
+
+
 def test_a_loss_that_reaches_new_parameters_is_no_silent_loss_of_a_gradient():
     module = small()
     graphed(module, eager_calls=1)
@@ -443,4 +465,5 @@ def test_nothing_of_a_dropped_call_is_kept():
             module(image(number))
         return live()
 
-    assert calls(6) == calls(2)
+    before = calls(2)
+    assert calls(6) <= before
