@@ -11,6 +11,7 @@ python train/main.py --config configs/large.yaml --dry-run --ranks 8      # chec
 --init RUN              start from the weights of a run, a checkpoint or an exported model
 --prior RUN             take the distilled prior of a run or of an exported file, frozen from the first step
                         (model.prior_from, and train.distill_steps 0)
+--profile               three steps under torch's profiler, into the run's folder (profile.step, profile.steps: others)
 """
 
 import argparse
@@ -33,6 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--init", metavar="RUN", help="weights to start from")
     parser.add_argument("--prior", metavar="RUN", help="run or file whose distilled prior to plug in, frozen")
+    parser.add_argument("--profile", action="store_true", help="profile a window of steps")
     parser.add_argument("--dry-run", action="store_true", help="validate, count and plan; train nothing")
     parser.add_argument("--ranks", type=int, default=None, help="ranks to plan for in a dry run")
     return parser.parse_args(arguments)
@@ -40,15 +42,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def train(args: argparse.Namespace, stop: StopRequest) -> None:
     from train.config.file import load_config
+    from train.config.schema import ProfileSection
 
     stop.heed()
-    plugged = ["model.prior=true", f"model.prior_from={json.dumps(args.prior)}", "train.distill_steps=0"] if args.prior else []
+    plugged = []
+    if args.prior:
+        plugged = ["model.prior=true", f"model.prior_from={json.dumps(args.prior)}", "train.distill_steps=0"]
     overrides = [*plugged, *args.set]
     config = load_config(args.config, overrides)
     if args.extend is not None:
         if not args.resume or args.dry_run:
             raise ValueError("--extend goes on with a run: give --resume auto, or a checkpoint, too")
         config = load_config(args.config, [*overrides, f"train.steps={args.extend}"])
+
+    if args.profile and config.profile is None:
+        config = config.model_copy(update={"profile": ProfileSection()})
 
     # Imported here, so that a wrong key is told in a second.
     from train.checkpoint.plug import plug_in, with_plugged

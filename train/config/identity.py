@@ -11,7 +11,7 @@ from typing import Any
 from train import ROOT
 from train.config.schema import Config
 
-OTHER_SECTIONS = ("kernels", "checkpoint", "eval")  # that decide no losses
+OTHER_SECTIONS = ("kernels", "checkpoint", "eval", "profile")  # that decide no losses
 
 
 def differences(a: dict, b: dict, prefix: str = "") -> list[str]:

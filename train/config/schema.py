@@ -209,8 +209,13 @@ class EngineSection(Section):
     checkpointing: bool = False
     """Keep only the inputs of residual blocks and embeddings for the backward pass, and compute the rest again: less
     memory, about a third more time, the same losses."""
-    channels_last: bool = False
-    """Images and feature maps with neighbouring channels side by side in memory, which convolutions on GPUs prefer."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Images and feature maps with neighbouring channels side by side in memory, which convolutions on GPUs prefer;
+    auto: on a GPU."""
+    graphs: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    """Replay the passes of the network and of its teacher as CUDA graphs: small batches then wait for the GPU and not
+    for launches; the same losses. auto: on a GPU where it is possible, else a line says why not; on: refuse to run
+    where it is not."""
     compile: bool = False
     """Run the network through torch.compile: minutes at the start, faster steps (needs a C++ compiler)."""
     overlap_comm: bool = False
@@ -240,9 +245,25 @@ class EngineSection(Section):
                 if value in ("bf16_params", "fp16", "cpu", True):
                     shown = str(value).lower() if isinstance(value, bool) else value
                     raise ValueError(f"{name} {shown} needs zero 1, 2 or 3, which also work on one rank")
+        if self.graphs == "on" and (reason := self.no_graphs) is not None:
+            raise ValueError(f"graphs on: {reason}; set it to auto")
         if self.offload_parameters == "cpu" and self.zero != 3:
             raise ValueError(f"offload_parameters cpu needs zero 3: zero {self.zero} keeps whole parameters")
         return self
+
+    @property
+    def no_graphs(self) -> str | None:
+        """Why passes cannot be captured under these settings, None if they can."""
+        if self.zero == 3:
+            return "under zero 3 parameters are gathered and let go in every pass"
+        return "compile has launches of its own: choose one of the two" if self.compile else None
+
+
+class ProfileSection(Section):
+    step: int | None = Field(default=None, ge=1)
+    """First step of the window, from 1; None: ten steps after the start."""
+    steps: int = Field(default=3, ge=1, le=100)
+    """Steps in the window; a trace takes megabytes a step."""
 
 
 class KernelSection(Section):
@@ -306,6 +327,8 @@ class Config(Section):
     kernels: KernelSection = KernelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: Annotated[EvalSection, BeforeValidator(_switched)] = EvalSection()
+    profile: ProfileSection | None = None
+    """A window of steps under torch's profiler; None: no profile."""
 
     @model_validator(mode="after")
     def _learnable(self) -> Config:

@@ -23,11 +23,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.config.schema import Config
+from train.engine.capture import RECORDERS
+from train.engine.graphs import EAGER_CALLS, Graphs
 from train.engine.launch import settle, world_size
 from train.engine.network import shape_network
 from train.engine.precision import autocast, refuse_precision, use_sixteen_bit_parameters
 from train.engine.ranks import meet, my_facts
 from train.engine.settings import bucket_elements, deepspeed_settings, parameter_groups
+from train.log import log
 
 LET_GO_S = 0.2
 
@@ -79,7 +82,10 @@ class Engine:
             local = int(os.environ["LOCAL_WORLD_SIZE"])
             torch.set_num_threads(config.engine.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
         refuse_precision(config.engine, self.device)
+        if config.engine.graphs == "on" and self.device.type not in RECORDERS:
+            raise ValueError("engine.graphs on: CUDA graphs need a GPU, and this is a CPU: set it to auto")
         self.engine: Any = None
+        self.graphs: Graphs | None = None  # of the trained module, where its passes are replayed
         self.timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext  # of parts of a step
         self._norm: float | None = None
         self._gradients_bad = False
@@ -107,6 +113,24 @@ class Engine:
         zero = self._accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["reduce_bucket_size"] = bucket_elements(self.config.engine, trained)
         self.engine, _ = self._accelerator.prepare(module, optimizer)
+        self.graphs = self.replayed(self.module, "network", agree=self._first_reason)
+
+    def replayed(self, module: nn.Module, what: str, *, trained: bool = True, **more: Any) -> Graphs | None:
+        """Have a module's training calls replayed as CUDA graphs, where the configuration and the device allow it. A
+        frozen one (`trained` False) may be captured under ZeRO 3 too, which does not touch it."""
+        engine, kind = self.config.engine, self.device.type
+        if engine.graphs == "off" or kind not in RECORDERS:
+            return None
+        if trained and engine.no_graphs is not None:
+            if self.main:
+                log.warning("%s: no CUDA graphs: %s", what, engine.no_graphs)
+            return None
+        calls = EAGER_CALLS * self.config.train.accumulation
+        more |= {"trained": trained, "strict": engine.graphs == "on", "eager_calls": calls, "tell": self.main}
+        return Graphs(module, RECORDERS[kind](self.device), what=what, **more)
+
+    def _first_reason(self, reason: str | None) -> str | None:
+        return next((each for each in self.gather(reason) if each is not None), None)
 
     def set_learning_rates(self, restorer: float, prior: float, spe: float | None = None) -> None:
         """Learning rates of the coming step; spe None: the restorer's."""
@@ -116,7 +140,8 @@ class Engine:
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Training forward, under the run's precision."""
-        return self.engine(*inputs, **keywords)
+        with self.timed("forward"):
+            return self.engine(*inputs, **keywords)
 
     def backward_and_step(self, loss: Tensor) -> None:
         """Backward of one micro-batch's mean loss; DeepSpeed steps at the accumulation boundary. ValueError where

@@ -18,7 +18,7 @@ def shape_network(module: nn.Module, engine: EngineSection, device: torch.device
     """Apply `checkpointing`, `channels_last` and `compile` to a module in place; parameters and their names stay."""
     if engine.checkpointing:
         recompute_blocks(module)
-    if engine.channels_last:
+    if device.type == "cuda" if engine.channels_last == "auto" else engine.channels_last:
         module.register_forward_pre_hook(_channels_last)
     if engine.compile:
         refuse_compile(device)

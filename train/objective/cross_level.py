@@ -55,6 +55,7 @@ class CrossLevelFeatureLoss(nn.Module):
         self.weights = {"structure": loss.structure, "context": loss.context, "logits": loss.logits}
         # In a tuple, so that a bound method's module (the teacher) never becomes a submodule with parameters.
         self._classify = (classify,)
+        self._ready = False
 
     def calibrate(self, batches: Iterable[Sequence[torch.Tensor]]) -> None:
         """Measure the statistics on teacher features: each batch L tensors [B, c_l, h_l, w_l]; then fix them."""
@@ -120,7 +121,8 @@ class CrossLevelFeatureLoss(nn.Module):
         mine, theirs = [tuple(f.shape) for f in prior], [tuple(f.shape) for f in teacher]
         if mine != theirs:
             raise ValueError(f"the prior's levels {mine} do not match the teacher's {theirs}: same crop, same levels")
-        if not self.statistics.calibrated:
+        self._ready = self._ready or self.statistics.calibrated  # asked once: reading a flag on a GPU waits for it
+        if not self._ready:
             raise ValueError("feature losses are not calibrated: call calibrate with teacher features before training")
 
 

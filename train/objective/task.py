@@ -100,9 +100,9 @@ class DeblurTask:
             total = total + weight * loss
             parts = {**parts, **more}
             if self.targets is not None:
-                parts["cached"] = sharp.new_tensor(self.targets.share)
+                parts["cached"] = sharp.new_full((), self.targets.share)  # a fill: a copy from here would wait
         if self.config.loss.cfl_final is not None:
-            parts["cfl_weight"] = sharp.new_tensor(weight)
+            parts["cfl_weight"] = sharp.new_full((), weight)
         return total, parts
 
     @property

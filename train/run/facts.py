@@ -35,7 +35,8 @@ def run_facts(
         + (f"; {config.train.spe_steps} the embeddings alone" if config.train.spe_steps else ""),
         "seconds in steps": f"{_seconds(records):.0f}",
         "share of a step": "; ".join(f"{name} {share:.0%}" for name, share in mean_shares(records).items())
-        + " (parts of the model: forward passes)",
+        + " (parts of the model: forward passes)"
+        + _parts(records),
         "machine": f"{engine.world} ranks on {engine.device.type}, ZeRO {config.engine.zero}, "
         f"{config.engine.precision}",
         "blur": f"preset {config.blur.preset}; validation crops of {config.eval.crop} px",
@@ -53,6 +54,14 @@ def run_notes(config: Config, records: Sequence[Mapping[str, Any]]) -> list[str]
         f"This run saw {pairs:,} pairs in {_seconds(records) / 60:.1f} minutes of training. So little buys a small "
         "gain, about a tenth of a dB; the networks of the literature see millions of crops, for days on GPUs.",
     ]
+
+
+def _parts(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the forward pass of the last stage consists of, where the log says so."""
+    told = [record["parts"] for record in records if "parts" in record][-1:]
+    if not told:
+        return ""
+    return "; an eager forward pass: " + ", ".join(f"{name} {share:.0%}" for name, share in told[0].items())
 
 
 def _seconds(records: Sequence[Mapping[str, Any]]) -> float:

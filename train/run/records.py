@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +18,8 @@ from train.log import log
 from train.run.facts import run_facts, run_notes
 from train.run.folder import RunFolder, RunFolderError
 from train.run.progress import TrainingProgress
+from train.run.rates import Rates
+from train.run.schedule import logged
 from train.run.shares import StepShares
 from train.run.step import StepResult
 
@@ -26,10 +28,12 @@ class Records:
     """The records of a run, on rank 0 alone. `step`: where the run stands when they are opened. Use as a context
     manager: leaving it closes the files and ends the bar."""
 
-    def __init__(self, folder: RunFolder, config: Config, console: Console, step: int, shares: StepShares) -> None:
+    def __init__(
+        self, folder: RunFolder, config: Config, console: Console, step: int, shares: StepShares, rates: Rates
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds, and of rank 0 alone
 
-        self.folder, self.config, self.shares = folder, config, shares
+        self.folder, self.config, self.shares, self.rates = folder, config, shares, rates
         folder.write_config(config)
         self._open = contextlib.ExitStack()
         self._writer = self._open.enter_context(SummaryWriter(str(folder.tensorboard), purge_step=step + 1))
@@ -51,19 +55,37 @@ class Records:
         """Leave the bar as it stands."""
         self._showing.close()
 
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Measure a part of a step: `Engine.timed`."""
+        with self.shares.timed(part), self.rates.counted(part):
+            yield
+
     def step(self, step: int, result: StepResult) -> None:
         """Show a finished step, and write it down where `train.log_every` says so."""
         self._bar.update(step, result)
         shares = self.shares.take(result.total_s, result.wait_s)
+        rates = self.rates.of(result.total_s)
+        self.rates.next(step)
+        if (parts := self.shares.new_parts()) is not None:
+            self._parts(step, *parts)
         if not logged(step, self.config):
             return
         values = {"loss": result.loss, **result.parts, "lr": result.lr, "grad_norm": result.grad_norm}
         values |= {"wait_share": result.wait_s / result.total_s, "seconds": result.total_s}
+        values |= rates
         if result.loss_scale is not None:
             values["loss_scale"] = result.loss_scale
         values = finite(values)
-        self.folder.append_metrics({"step": step, **values, "shares": shares})
+        self.folder.append_metrics({"step": step, **values, **({"shares": shares} if shares else {})})
         self._scalars("train", {name: value for name, value in values.items() if value is not None}, step)
+
+    def _parts(self, step: int, stage: str, parts: Mapping[str, float]) -> None:
+        """What a forward pass consists of, which cannot be seen where it is replayed."""
+        if len(parts) > 1:
+            self.folder.append_metrics({"step": step, "stage": stage, "parts": dict(parts)})
+            told = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
+            log.info("forward pass, stage %s: %s", stage, told)
 
     def evaluation(self, step: int, evaluation: Evaluation, seconds: float) -> None:
         """Write down and say what an evaluation after `step` steps found."""
@@ -116,11 +138,6 @@ class Records:
                 f"{self.folder.tensorboard}: cannot be written ({error.strerror}): free space there, then go on with "
                 "--resume auto"
             ) from error
-
-
-def logged(step: int, config: Config) -> bool:
-    """Whether a step is written down."""
-    return step % config.train.log_every == 0 or step == config.train.steps
 
 
 def finite(value: Any) -> Any:

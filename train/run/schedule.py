@@ -91,3 +91,8 @@ def evaluation_due(step: int, config: Config) -> bool:
     if step == 0:
         return config.eval.at_start
     return step == config.train.steps or bool(config.eval.every and step % config.eval.every == 0)
+
+
+def logged(step: int, config: Config) -> bool:
+    """Whether a step is written down."""
+    return step % config.train.log_every == 0 or step == config.train.steps

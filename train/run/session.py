@@ -47,8 +47,10 @@ from train.log import log, start_logging
 from train.objective.task import DeblurTask
 from train.run.folder import RunFolder
 from train.run.kernels import guard_kernels
-from train.run.records import Records, logged
-from train.run.schedule import evaluation_due, learning_rates, prior_learns, stage
+from train.run.profile import StepProfile
+from train.run.rates import Rates, peak_flops
+from train.run.records import Records
+from train.run.schedule import evaluation_due, learning_rates, logged, prior_learns, stage
 from train.run.shares import StepShares
 from train.run.stages import arrange, enter_stage
 from train.run.step import StepResult
@@ -84,6 +86,7 @@ class Session:
         self.copier: Copier | None = None
         self.records: Records | None = None
         self._streams: list[PairLoader] = []
+        self._profile: StepProfile | None = None
         with contextlib.ExitStack() as opened:  # what is open is closed, the last first, also where opening fails
             opened.push(self._close_copier)  # last of all: the other ranks are let go by then
             self._open_folder(config, resumed=resume is not None)
@@ -192,6 +195,8 @@ class Session:
             module = self._first_weights(init) if checkpoint is None else build_model(config, read_weights=False)
         beat("start")
         engine.wrap(module.to(engine.device))
+        if self.task.teacher is not None:
+            engine.replayed(self.task.teacher, "teacher", trained=False)
         self.ema = Ema(engine, config.train.ema)
         trained, where = trainable(engine.module), f"{engine.world} ranks on {engine.device.type}"
         log.info("%d trained parameters, %s, ZeRO %d, %s", trained, where, config.engine.zero, config.engine.precision)
@@ -269,9 +274,13 @@ class Session:
             if self._saved is not None:  # a killed run may not have come to it
                 self.copier.submit(self.checkpoints.path(self._saved))
         if self.engine.main:
-            shares = StepShares(self.engine.module, self.task.teacher)
-            self.engine.timed = shares.timed
-            self.records = opened.enter_context(Records(self.folder, self.config, self.console, self.step, shares))
+            engine, graphs = self.engine, self.engine.graphs
+            shares = StepShares(engine.module, self.task.teacher, lambda: graphs is not None and graphs.recording)
+            peak = peak_flops(engine.device, self.config.engine.precision, engine.world)
+            rates = Rates(self.config, engine.world, peak, self.step)
+            records = Records(self.folder, self.config, self.console, self.step, shares, rates)
+            engine.timed = records.timed
+            self.records = opened.enter_context(records)
 
     # -- the loop's calls ---------------------------------------------------------------------------------------------
 
@@ -283,6 +292,9 @@ class Session:
                 self.task.open_targets(engine.rank, engine.sum)
         if self.records is not None:
             self.records.begin_bar()
+            if self.config.profile is not None:
+                self._profile = StepProfile(self.folder.path, self.config.profile, self.step, engine.device)
+                self._opened.callback(self._profile.close)
         return self._batches()
 
     def _batches(self) -> Iterator[dict]:
@@ -326,6 +338,8 @@ class Session:
             for line in slow:
                 log.warning(line)
             self.records.step(step, result)
+        if self._profile is not None:
+            self._profile.between(step)
 
     def catch_up(self) -> None:
         """The evaluation that belongs to where the run stands, if none was made: before the first step, and after a

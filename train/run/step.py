@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from train.engine.engine import Engine
 from train.objective.task import DeblurTask
-from train.run.schedule import cfl_weight, learning_rates
+from train.run.schedule import cfl_weight, learning_rates, logged
 from train.watch.heartbeat import PROGRESS, beat
 from train.watch.signals import REASONS, StopRequest
 from train.watch.traces import Traces
@@ -28,7 +29,8 @@ class WeightsNotFiniteError(ValueError):
 class StepResult:
     """What a step did: mean loss and parts over ranks and micro-batches, learning rates, seconds.
 
-    finite: whether loss and gradients of all ranks were. not_finite: what was not, here: `gradients`, or parts of this
+    grad_norm: None where the step is not written down: reading it waits for the GPU. finite: whether loss and gradients
+    of all ranks were. not_finite: what was not, here: `gradients`, or parts of this
     rank's loss. batches: `BATCH_FACTS` of this rank's.
     """
 
@@ -50,12 +52,15 @@ class StepResult:
         return self.finite and not self.overflowed
 
 
-def micro_batches(loader: Iterator[dict], count: int) -> Iterator[tuple[dict, float]]:
-    """The next `count` micro-batches, each with the seconds this process waited for it."""
+def micro_batches(
+    loader: Iterator[dict], count: int, timed: Callable[[str], AbstractContextManager] = nullcontext
+) -> Iterator[tuple[dict, float]]:
+    """The next `count` micro-batches, each with the seconds this process waited for it; timed: around the waits."""
     for _ in range(count):
         beat("data")
         asked = time.perf_counter()
-        batch = next(loader)
+        with timed("data"):
+            batch = next(loader)
         yield batch, time.perf_counter() - asked
 
 
@@ -63,7 +68,18 @@ def training_step(
     engine: Engine, task: DeblurTask, loader: Iterator[dict], step: int, stop: StopRequest, traces: Traces
 ) -> StepResult:
     """Run the 0-based `step`: accumulate, clip, update. A micro-batch whose loss is not finite on any rank gives no
-    gradient, and its step no update, as a step whose gradients are not; the result says so, and the caller counts."""
+    gradient, and its step no update, as a step whose gradients are not; the result says so, and the caller counts.
+
+    On a GPU this process waits for it once a micro-batch, where all ranks' verdict on the losses is read, before the
+    backward pass; and once a step where the engine must look at the gradients' norm before the update (ZeRO 0).
+    """
+    with engine.timed("step"):
+        return _step(engine, task, loader, step, stop, traces)
+
+
+def _step(
+    engine: Engine, task: DeblurTask, loader: Iterator[dict], step: int, stop: StopRequest, traces: Traces
+) -> StepResult:
     config = engine.config
     started = time.perf_counter()
     distill = step < config.train.distill_steps
@@ -75,16 +91,17 @@ def training_step(
     batches: list[dict] = []
     # Rates are set before the last backward: DeepSpeed updates inside `step()` at the accumulation boundary.
     engine.set_learning_rates(*rates)
-    for batch, waited in micro_batches(loader, config.train.accumulation):
+    for batch, waited in micro_batches(loader, config.train.accumulation, engine.timed):
         beat("step")
         wait_s += waited
         traces.begin()
-        loss, parts = task.losses(engine.forward, batch, distill=distill, autocast=engine.autocast(), cfl=cfl)
+        with engine.timed("losses"):
+            loss, parts = task.losses(engine.forward, batch, distill=distill, autocast=engine.autocast(), cfl=cfl)
         named = {"loss": loss.detach(), **parts}
         traces.end(waited)
-        flags = [float(not torch.isfinite(loss)), *stop.flags(), *traces.flags()]
-        losses = torch.stack([value.double() for value in named.values()])
-        told = engine.sum(torch.cat([losses, torch.tensor(flags, dtype=torch.float64, device=loss.device)]))
+        losses = torch.stack([*(value.double() for value in named.values()), (~torch.isfinite(named["loss"])).double()])
+        flags = sent([*stop.flags(), *traces.flags()], loss.device)
+        told = engine.sum(torch.cat([losses, flags]))
         told, (bad, *rest) = told[: len(named)], told[len(named) :].tolist()
         stop.take(rest[: len(REASONS)])
         traces.take(rest[len(REASONS) :])
@@ -107,7 +124,7 @@ def training_step(
         loss=loss_value,
         parts=means,
         lr=rates.prior if distill else rates.restorer or rates.spe,
-        grad_norm=engine.grad_norm() if finite else None,
+        grad_norm=engine.grad_norm() if finite and logged(step + 1, config) else None,
         finite=finite and math.isfinite(loss_value),
         wait_s=wait_s,
         total_s=time.perf_counter() - started,
@@ -116,6 +133,12 @@ def training_step(
         overflowed=finite and left_out,
         loss_scale=engine.loss_scale,
     )
+
+
+def sent(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Numbers as fp64 on a device, without waiting for what it is doing."""
+    values = torch.tensor(numbers, dtype=torch.float64)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def zero_loss(engine: Engine, task: DeblurTask, batch: dict, distill: bool, cfl: float) -> torch.Tensor:

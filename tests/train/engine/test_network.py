@@ -135,6 +135,16 @@ def test_channels_last_gives_the_same_losses_and_gradients():
         assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item() + 1e-7), name
 
 
+@pytest.mark.parametrize(
+    ("given", "device", "expected"),
+    [("auto", "cpu", False), ("auto", "cuda", True), (True, "cpu", True), (False, "cuda", False)],
+)
+def test_channels_last_is_the_default_of_gpus_alone(given, device, expected):
+    module = nn.Conv2d(3, 3, 1)
+    shape_network(module, EngineSection(channels_last=given), torch.device(device))
+    assert bool(module._forward_pre_hooks) is expected
+
+
 def test_compile_without_a_compiler_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "absent"))

@@ -1,0 +1,67 @@
+"""Whole runs with replayed passes have the losses and weights of eager ones, bit for bit, however they are divided."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import Runs
+from tests.train.weights import assert_same_weights
+
+pytestmark = pytest.mark.slow
+WORKER = Path(__file__).parents[1] / "workers" / "graphed_run.py"
+STEPS = 10
+# Two stages, each long enough for eager calls and replays.
+SETTINGS = {"train__steps": STEPS, "train__distill_steps": 5, "checkpoint__every": 4, "eval__enabled": False}
+LINES = ("network: replayed as CUDA graphs", "teacher: replayed as CUDA graphs")
+
+
+def graphed(runs: Runs, name: str, *arguments: str, ranks: int = 1, **changes) -> str:
+    """Run to the end with the stand-in; what it logged."""
+    command = runs.command(name, *arguments, ranks=ranks, engine__graphs="on", **changes)
+    main = next(n for n, word in enumerate(command) if word.endswith("main.py"))
+    command[main] = str(WORKER)
+    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return (runs.folder(name) / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero", "accumulation", "precision"),
+    [(2, 1, 2, "bf16"), (2, 2, 1, "bf16_params"), (2, 0, 1, "fp32"), (1, 0, 2, "bf16")],
+)
+def test_losses_and_weights_are_the_same_bits(runs, ranks, zero, accumulation, precision):
+    settings = SETTINGS | {
+        "engine__zero": zero, "train__accumulation": accumulation, "engine__precision": precision,
+    }  # fmt: skip
+    name = f"graphs-{ranks}-{zero}-{accumulation}"
+    runs.run(f"{name}-off", ranks=ranks, **settings)
+    log = graphed(runs, f"{name}-on", ranks=ranks, **settings)
+    assert [log.count(line) for line in LINES] == [2, 1]  # one a stage; the teacher's crops stay as they are
+    assert runs.losses(f"{name}-on") == runs.losses(f"{name}-off")
+    assert_same_weights(runs, f"{name}-on", f"{name}-off", STEPS, tolerance=0)
+
+
+def test_a_run_that_is_resumed_goes_on_with_the_same_bits_and_says_what_its_steps_cost(runs):
+    log = graphed(runs, "whole", profile__step=9, profile__steps=2, **SETTINGS)
+    for stage in ("distill", "deblur"):
+        assert f"forward pass, stage {stage}: student " in log
+    assert (runs.folder("whole") / "profile" / "step-9.json.gz").exists()
+    steps = {record["step"]: record for record in runs.records("whole") if "loss" in record}
+    assert steps[1]["tflops"] > 0
+    assert all(record["pairs_per_s"] == pytest.approx(4 / record["seconds"]) for record in steps.values())
+    flops = {number: record["tflops"] * record["seconds"] for number, record in steps.items()}
+    assert flops[6] > 1.2 * flops[5] == pytest.approx(1.2 * flops[1])
+    assert "mfu" not in steps[1]
+    assert ["forward" in steps[number]["shares"] for number in (3, 4, 8, 9)] == [False, True, False, True]
+    shutil.copytree(runs.folder("whole"), runs.folder("again"))
+    shutil.rmtree(runs.folder("again") / f"checkpoints/step-{STEPS:08d}")
+    graphed(runs, "again", "--resume", "auto", **SETTINGS)
+    assert runs.losses("again") == runs.losses("whole")
+    assert_same_weights(runs, "again", "whole", STEPS, tolerance=0)
+
+
+def test_what_forbids_graphs_is_told_before_the_first_step(runs):
+    _, error = runs.run("no-gpu", status=2, engine__graphs="on")
+    assert "engine.graphs on: CUDA graphs need a GPU" in error
