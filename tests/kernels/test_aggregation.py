@@ -170,7 +170,7 @@ def test_levels_of_other_dtypes_are_cast_to_the_first(impl):
 class Launches(TorchDispatchMode):
     """Counts what a GPU would launch among torch's operators: all but allocations, views and our own operators."""
 
-    FREE = ("empty", "detach", "view", "alias", "as_strided", "new_empty", "ones_like", "sharpprior")
+    FREE = ("empty", "detach", "view", "alias", "as_strided", "expand", "new_empty", "ones_like", "sharpprior")
 
     def __init__(self):
         super().__init__()
@@ -190,17 +190,16 @@ def test_forward_and_backward_are_three_launches_for_any_number_of_levels(count,
 
     launched = []
 
-    def counted(name, kernel):
+    def counted(name):
         class Proxy:
             def __getitem__(self, grid):
                 launched.append(name)
-                return kernel[grid]
+                return lambda *args, **constants: None  # the interpreter's own copies are no launches
 
         return Proxy()
 
-    for name, kernel in list(vars(passes).items()):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(passes, name, counted(name, kernel))
+    for name in [name for name in vars(passes) if name.endswith("_kernel")]:
+        monkeypatch.setattr(passes, name, counted(name))
     sizes = [(2, 3), (1, 1), (3, 4), (4, 7), (2, 2)][:count]
     values, logits = aggregation_case(1, 4, 2, sizes, channels_last=channels_last)
     leaves = [t.requires_grad_() for t in (*values, *logits)]
