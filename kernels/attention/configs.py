@@ -1,9 +1,9 @@
 """Launch configurations of semantic attention, keyed by width, dtype and architecture: never by H·W or batch.
 
-Chosen from ahead-of-time compilation (no spill, shared memory within every target's budget) and, for Hopper, from a sweep
-on an H200. `refusal` holds what no row may be: launches of those kinds gave wrong gradients, raced or died on that GPU
-(Triton 3.6, whose assembler lost operands of wgmma: docs/benchmarks/kernels_lint.md), and tests/kernels/lint.py looks for
-the same in what any Triton at hand compiles.
+Chosen from ahead-of-time compilation (no spill, shared memory within every target's budget) and, for Hopper, from a
+sweep on an H200. `refusal` holds what no row may be: launches of those kinds gave wrong gradients, raced or died on
+that GPU (Triton 3.6, whose assembler lost operands of wgmma: docs/benchmarks/kernels_lint.md), and
+tests/kernels/lint.py looks for the same in what any Triton at hand compiles.
 """
 
 import torch
@@ -33,9 +33,9 @@ GENERAL = {
     ("prior_gradient", 2): {512: (64, 8)},
     ("prior_gradient", 4): {512: (16, 8)},
 }
-# Where a target differs. Ampere keeps operands in registers: 64 px of all channels spill there, so its Grams and gradients
-# take the wide route. gfx942 has less shared memory and wider waves; its matrix instructions read registers and are waited
-# for one by one, so neither of Hopper's faults exists there, and tiles below 64 px stay.
+# Where a target differs. Ampere keeps operands in registers: 64 px of all channels spill there, so its Grams and
+# gradients take the wide route. gfx942 has less shared memory and wider waves; its matrix instructions read registers
+# and are waited for one by one, so neither of Hopper's faults exists there, and tiles below 64 px stay.
 BY_ARCHITECTURE: dict[int | str, dict[tuple[str, int], dict[int, tuple[int, int]]]] = {
     80: {
         ("gram", 2): {},
@@ -60,7 +60,8 @@ def refusal(kernel: str, itemsize: int, tiles: tuple[int, int], config: tuple[in
     Right were all launches with 64 px and more (H200, bf16 and fp16), and all in float32, whose products are tf32.
     """
     (wide, prior), (pixels, warps) = tiles, config
-    if kernel == "gram" and 4 * (wide * wide + wide * prior + prior * prior) > 512 * 32 * warps:
+    lanes = warps * (32 if nvidia else 64)
+    if kernel == "gram" and wide * wide + wide * prior + prior * prior > 128 * lanes:
         return "the sums of its three Grams take more than 128 registers of a thread"
     if nvidia and itemsize == 2 and kernel in PRODUCTS and pixels < 64:
         return "products of 2-byte operands over fewer than 64 px"
@@ -108,7 +109,8 @@ def launch_config(kernel: str, channels: int, prior_channels: int, dtype: torch.
     if kernel in TILED:
         narrow = dtype.itemsize == 2 or INTERPRETING
         widest = 128 if kernel in ("apply", "reduce") and narrow else 64
-        if kernel == "prior_gradient" and not narrow:
+        # Three matrices and three maps at once: 64 channels of them spill where operands live in registers.
+        if kernel == "prior_gradient" and (not narrow or (not INTERPRETING and target_architecture() in range(80, 90))):
             widest = 32
         config |= {"BLOCK_C": min(tile_width(channels), widest), "BLOCK_D": min(tile_width(prior_channels), 64)}
     return config

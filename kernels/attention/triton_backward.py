@@ -78,8 +78,9 @@ def gradient_kernel(
 
     b_gain = load_matrix(gain + pid_b * C * D, o_c, o_d, C, D)
     b_cross = load_matrix(cross + pid_b * C * D, o_c, o_d, C, D)
-    # A unit of 1 that the compiler knows would make it add each product into the next one's sums, and such a chain gets
-    # all warps along the rows, though a tile of 64 rows has work for four: half of eight would compute the rest's again.
+    # A unit of 1 that the compiler knows would make it add each product into the next one's sums, and such a chain
+    # gets all warps along the rows, though a tile of 64 rows has work for four: half of eight would compute the
+    # rest's again.
     one = tl.where(N > 0, 1.0, 0.0).to(ACC)
     u_gain = load_unit(units, 0, batch, pid_b, SCALED, ACC) * one
     u_shift = load_unit(units, 1, batch, pid_b, SCALED, ACC) * one

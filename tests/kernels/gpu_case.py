@@ -3,8 +3,8 @@
     python tests/kernels/gpu_case.py attention C,D,H,W bfloat16 channels_last [kernel:BLOCK_N:warps]
     python tests/kernels/gpu_case.py aggregation D,G,H,W float32 NCHW
 
-An illegal access ends a CUDA context, so every case has a process of its own. `--device cpu` tries the plumbing with the
-reference implementation.
+An illegal access ends a CUDA context, so every case has a process of its own. `--device cpu` tries the plumbing with
+the reference implementation.
 """
 
 import argparse

@@ -1,13 +1,14 @@
 """Which launches a GPU would get wrong, told from what was compiled: TTGIR, PTX and machine code, no GPU needed.
 
-    python tests/kernels/lint.py                      # every launch of the table, sm_90: nothing may be found
-    python tests/kernels/lint.py --wrong --json F     # the launches measured on an H200 (docs/benchmarks/kernels_lint.md)
-    python tests/kernels/lint.py --table F G > docs/benchmarks/kernels_lint.md    # from the JSON of two Tritons
+    python tests/kernels/lint.py                   # every launch of the table, sm_90: nothing may be found
+    python tests/kernels/lint.py --measured now    # what the table chooses where a launch was measured on an H200
+    PYTHONPATH=<checkout of 4a9eb23> python tests/kernels/lint.py --measured was     # those launches as they were
+    python tests/kernels/lint.py --table F… > docs/benchmarks/kernels_lint.md        # from the output of all of these
 
-Two rules are causes, found in the machine code of every launch that was wrong (machine.py): a wgmma whose descriptor is
-not the one that PTX asked for, and registers overwritten while a wgmma may still read them. Two are shapes that only went
-with them in TTGIR: a pixel-major B with a swizzle under 128 bytes against a transposed A, and more warps along the rows
-than the tile has rows for.
+Two rules are causes, found in the machine code of every launch that was wrong (machine.py): a wgmma whose descriptor
+is not the one that PTX asked for, and registers overwritten while a wgmma may still read them. Two are shapes that
+only went with them in TTGIR: a pixel-major B with a swizzle under 128 bytes against a transposed A, and more warps
+along the rows than the tile has rows for.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from aot import (
     _nvidia_resources,
     _tool,
     attention_kernels,
+    plane,
 )
 from machine import compare_descriptors, instructions, reused_registers
 from triton.runtime import driver
@@ -103,17 +105,36 @@ class Answer:
     findings: tuple[Finding, ...]
 
 
-def answers(case: Attention, force: dict[str, tuple[int, int]] | None = None) -> list[Answer]:
-    """Every kernel that the case's launcher compiles for Hopper; force: (BLOCK_N, warps) by kernel, else the table's."""
+def launch(case: Attention, kernel: str | None) -> None:
+    """The whole case, or the pass that one kernel belongs to."""
+    from kernels.attention import triton as passes
+    from kernels.attention.algebra import Modulation, gram_size, split_grams
+
+    if kernel is None:
+        return case.launch()
+    B, C, D, N = case.batch, case.C, case.D, case.pixels
+    x, p = (plane(B, c, N, case.dtype, case.channels_last) for c in (C, D))
+    if kernel == "gram":
+        passes.gram_pass(x, p, 1e-6)
+        return None
+    mean, rstd = torch.empty(2, B, N, device="meta").unbind()
+    modulation = Modulation(*torch.empty(B, 2, C, D, device="meta").unbind(1))
+    grams = split_grams(torch.empty(B, gram_size(C, D), device="meta"), C, D)
+    passes.gradient_pass(x, x, p, mean, rstd, modulation, grams, torch.empty_like(x), torch.empty_like(p))
+    return None
+
+
+def answers(case: Attention, kernel: str | None = None, tile: tuple[int, int] | None = None) -> list[Answer]:
+    """What Hopper would run of a case: all its kernels, or those of one kernel's pass, if given with a forced tile."""
     from kernels.attention import configs, triton_backward, triton_forward
 
     chosen, fused = configs.launch_config, configs.fused
     tiles = {}
 
-    def forced(kernel: str, *sizes) -> dict[str, int]:
-        config = {} if kernel in (force or {}) else chosen(kernel, *sizes)
-        pixels, warps = (force or {}).get(kernel) or (config["BLOCK_N"], config["num_warps"])
-        tiles[kernel] = f"{pixels}/{warps}"
+    def forced(name: str, *sizes) -> dict[str, int]:
+        config = {} if tile and name == kernel else chosen(name, *sizes)
+        pixels, warps = tile if tile and name == kernel else (config["BLOCK_N"], config["num_warps"])
+        tiles[name] = f"{pixels}/{warps}"
         return config | {"BLOCK_N": pixels, "num_warps": warps}
 
     driver.set_active(FixedTarget(TARGET))
@@ -124,16 +145,16 @@ def answers(case: Attention, force: dict[str, tuple[int, int]] | None = None) ->
     modules = (triton_forward, triton_backward)
     for module in modules:
         module.launch_config = forced
-        module.fused = lambda kernel, *sizes: kernel in (force or {}) or fused(kernel, *sizes)
+        module.fused = lambda name, *sizes: bool(tile and name == kernel) or fused(name, *sizes)
     try:
-        case.launch()
+        launch(case, kernel)
     finally:
         for module in modules:
             module.launch_config, module.fused = chosen, fused
     found = []
-    for kernel, cache in caches.items():
+    for jitted, cache in caches.items():
         for binary in cache.values():
-            name = kernel.fn.__name__.removesuffix("_kernel")
+            name = jitted.fn.__name__.removesuffix("_kernel")
             registers, spills, _, _ = _nvidia_resources(binary.asm)
             lines = machine_findings(binary.asm["ptx"], binary.asm["cubin"], binary.metadata.num_warps)
             findings = (*lines, *shape_findings(binary.asm["ttgir"]))
@@ -143,7 +164,7 @@ def answers(case: Attention, force: dict[str, tuple[int, int]] | None = None) ->
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One launch that was measured on an H200 (Triton 3.6.0): the kernel forced, what came out, and whether it was right."""
+    """One launch measured on an H200 (Triton 3.6.0): the kernel forced, what came out, and whether it was right."""
 
     case: Attention
     kernel: str
@@ -184,25 +205,17 @@ def _rows() -> tuple[Row, ...]:
 ROWS = _rows()
 
 
-def judge(row: Row) -> dict:
-    """The lint on the launch as it was measured, and on the one that the table now chooses for the same case."""
-    old = next(a for a in answers(row.case, {row.kernel: row.tile}) if a.kernel == row.kernel)
-    now = answers(row.case)
-    successors = (row.kernel,) if any(a.kernel == row.kernel for a in now) else {
-        "gradient": ("feature_gradient", "norm_gradient", "prior_gradient"),
-        "gram": ("normalise",),
-    }[row.kernel]
-    new = [a for a in now if a.kernel in successors]
+def judge(index: int, now: bool) -> dict:
+    """The lint on a measured launch as it was, or on what the table chooses for the same case."""
+    row = ROWS[index]
+    found = answers(row.case, row.kernel, None if now else row.tile)
     return {
-        "case": str(row.case),
-        "kernel": row.kernel,
-        "tile": f"{row.tile[0]}/{row.tile[1]}",
-        "measured": row.measured,
-        "right": row.right,
-        "old": [dataclasses.asdict(f) for f in old.findings],
-        "new tile": ", ".join(a.tile if a.kernel == row.kernel else f"{a.kernel} {a.tile}" for a in new),
-        "new": [dataclasses.asdict(f) for a in new for f in a.findings],
+        "row": index,
+        "now": now,
         "triton": triton.__version__,
+        "launch": ", ".join(f"{'' if a.kernel == row.kernel else a.kernel + ' '}{a.tile}" for a in found),
+        "spills": max(a.spills for a in found),
+        "findings": [dataclasses.asdict(f) for a in found for f in a.findings],
     }
 
 
@@ -210,56 +223,63 @@ def chosen_cases() -> list[Attention]:
     """Every backbone width in both layouts and the three dtypes, and other prior widths."""
     half, full = torch.float16, torch.float32
     cases = [Attention(C, channels_last=last) for C in BACKBONE_WIDTHS for last in (False, True)]
-    cases += [Attention(C, D, channels_last=last) for C, D in ((16, 16), (64, 128), (128, 128)) for last in (False, True)]
+    cases += [
+        Attention(C, D, channels_last=last) for C, D in ((16, 16), (64, 128), (128, 128)) for last in (False, True)
+    ]
     cases += [Attention(C, 64, dtype, last) for dtype in (half, full) for C in (64, 128, 256) for last in (False, True)]
     return cases
 
 
-def _shown(findings: Sequence[dict]) -> str:
-    return "; ".join(f"**{f['rule']}** {f['text']}" if f["rule"] in CAUSES else f"{f['rule']}: {f['text']}" for f in findings)
+def _shown(answer: dict | None) -> str:
+    if answer is None:
+        return "not compiled"
+    causes = [f"**{f['rule']}**: {f['text']}" for f in answer["findings"] if f["rule"] in CAUSES]
+    shapes = [f"{f['rule']}: {f['text']}" for f in answer["findings"] if f["rule"] in SHAPES]
+    return "; ".join(causes + shapes) or "clean"
 
 
-def table(rows: Sequence[dict]) -> str:
-    """Markdown of judged rows, by Triton."""
+def table(found: Sequence[dict]) -> str:
+    """Markdown of judged rows: one line a measured launch and Triton."""
+    answer = {(f["row"], f["now"], f["triton"]): f for f in found}
     lines = [
-        "# Which launches the lint refuses",
-        "",
-        "`python tests/kernels/lint.py --wrong`: each launch of semantic attention whose result is known from an H200 (Triton 3.6.0),",
-        "compiled again as it was, and as the launch table chooses today; bf16, B=2, N=4096. Bold: found in the machine code, a cause.",
-        "Plain: a shape in TTGIR that went with wrong results, and that right launches have too.",
-        "",
-        "| Triton | launch | was | measured | lint on it | now | lint on that |",
+        "| Triton | launch of semantic attention | was | measured | lint on it | now | lint on that |",
         "|---|---|---|---|---|---|---|",
     ]
-    for r in sorted(rows, key=lambda r: (r["triton"], r["right"])):
-        case = r["case"].replace(" B=2 N=4096", "").replace(" bfloat16", "")
-        lines.append(
-            f"| {r['triton']} | {r['kernel']}, {case} | {r['tile']} | {r['measured']} | {_shown(r['old']) or 'clean'} |"
-            f" {r['new tile']} | {_shown(r['new']) or 'clean'} |"
-        )
+    for version in sorted({f["triton"] for f in found}):
+        for index, row in enumerate(ROWS):
+            was, now = (answer.get((index, state, version)) for state in (False, True))
+            case = str(row.case).replace(" B=2 N=4096", "").replace(" bfloat16", "")
+            lines.append(
+                f"| {version} | {row.kernel}, {case} | {row.tile[0]}/{row.tile[1]} | {row.measured} | {_shown(was)} |"
+                f" {now['launch'] if now else ''} | {_shown(now)} |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wrong", action="store_true", help="the measured launches instead of the table's")
-    parser.add_argument("--json", type=Path, help="write the answers here, one JSON line each")
-    parser.add_argument("--table", type=Path, nargs="+", help="print the table of these files and stop")
+    parser.add_argument("--measured", choices=["was", "now"], help="only the launches known from a GPU")
+    parser.add_argument("--row", type=int, action="append", help="of the measured launches these alone, from 0")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the table of these outputs and stop")
     args = parser.parse_args()
     if args.table:
-        print(table([json.loads(line) for path in args.table for line in path.read_text().splitlines()]))
+        print(
+            table(
+                [json.loads(line) for path in args.table for line in path.read_text().splitlines() if line[:1] == "{"]
+            )
+        )
         return
-    lines = []
-    for item in ROWS if args.wrong else chosen_cases():
-        new = [judge(item)] if args.wrong else [{"case": str(item)} | dataclasses.asdict(a) for a in answers(item)]
-        lines += new
-        for line in new:
+    refused = 0
+    for item in (args.row or range(len(ROWS))) if args.measured else chosen_cases():
+        if args.measured:
+            lines = [judge(item, args.measured == "now")]
+        else:
+            lines = [{"case": str(item)} | dataclasses.asdict(answer) for answer in answers(item)]
+        for line in lines:
             print(json.dumps(line, ensure_ascii=False), flush=True)
-    if args.json:
-        args.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    refused = [line for line in lines if any(f["rule"] in CAUSES for f in line["new" if args.wrong else "findings"])]
-    if refused:
-        sys.exit(f"{len(refused)} of {len(lines)} launches that the table chooses are refused")
+            refused += any(f["rule"] in CAUSES for f in line["findings"])
+    if refused and args.measured != "was":
+        sys.exit(f"{refused} of the launches that the table chooses are refused")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Hopper's matrix instructions in a compiled kernel: what PTX asks of each, and what the machine code gives it.
 
-wgmma reads its operands through 64-bit descriptors of shared memory, computed from constants and the warp's number. Both
-texts are evaluated here for one thread, once from top to bottom (a loop's body as its first pass), and compared operand by
-operand: an assembler that loses one of those numbers shows, without a GPU. A second check follows every wgmma whose left
-operand lies in registers to its wait: nobody may write those registers before.
+wgmma reads its operands through 64-bit descriptors of shared memory, computed from constants and the warp's number.
+Both texts are evaluated here for one thread, once from top to bottom (a loop's body as its first pass), and compared
+operand by operand: an assembler that loses one of those numbers shows, without a GPU. A second check follows every
+wgmma whose left operand lies in registers to its wait: nobody may write those registers before.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Both operations on the GPU at hand, each case in a process of its own; the smallest reproducers of what was once wrong.
+"""Both operations on the GPU at hand, each case in a process of its own; what was once wrong, as small as it goes.
 
 Where there is no GPU one test runs a case on the CPU, so that the lane itself stays alive, and the others are skipped.
 """
@@ -21,11 +21,18 @@ on_gpu = pytest.mark.skipif(INTERPRETING or not torch.cuda.is_available(), reaso
 # Relative RMS of the worst result: what rounding of the storage dtype leaves, times five. float32: products of three
 # tf32 and sums in another order than eager's.
 RMS = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-5}
-# (C, D, H, W): the shapes that were wrong on an H200 with small tiles (96·64, 80·64, 128·64, 64·128, 64·64, 128·128), the
-# narrowest and the widest fused ones, the wide route, and odd sizes.
+# (C, D, H, W): the shapes that were wrong on an H200 with small tiles (96·64, 80·64, 128·64, 64·128, 64·64, 128·128),
+# the narrowest and the widest fused ones, the wide route, and odd sizes.
 ATTENTION = (
     *((16, 32, 32, 32), (32, 32, 32, 32), (48, 64, 32, 32), (64, 64, 32, 32), (64, 128, 32, 32), (80, 64, 32, 32)),
-    *((96, 64, 31, 33), (128, 64, 32, 32), (128, 128, 32, 32), (192, 64, 16, 16), (256, 64, 17, 15), (256, 128, 16, 16)),
+    *(
+        (96, 64, 31, 33),
+        (128, 64, 32, 32),
+        (128, 128, 32, 32),
+        (192, 64, 16, 16),
+        (256, 64, 17, 15),
+        (256, 128, 16, 16),
+    ),
 )
 AGGREGATION = ((64, 4, 33, 31), (64, 4, 32, 32), (32, 1, 16, 24))
 LAYOUTS = ("NCHW", "channels_last")
