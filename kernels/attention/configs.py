@@ -1,9 +1,9 @@
 """Launch configurations of semantic attention, keyed by width, dtype and architecture: never by H·W or batch.
 
-Tiles and warps were chosen from ahead-of-time compilation (no spill, shared memory within every target's budget,
-registers that leave two blocks a multiprocessor where the sums allow it), not yet from timings: see README.md. One rule
-is from a GPU (H200, Triton 3.6): with tiles of 16 and 32 px the 2-byte gram and gradient kernels gave wrong gradients,
-raced or died on Hopper, and at 64 px and more were right in every case tried, and faster; so they have 64 there.
+Chosen from ahead-of-time compilation (no spill, shared memory within every target's budget) and, for Hopper, from a
+sweep on an H200. `refusal` holds what no row may be: launches of those kinds gave wrong gradients, raced or died on
+that GPU (Triton 3.6, whose assembler lost operands of wgmma: docs/benchmarks/kernels_lint.md), and
+tests/kernels/lint.py looks for the same in what any Triton at hand compiles.
 """
 
 import torch
@@ -11,17 +11,18 @@ import torch
 from kernels.runtime import INTERPRETING, target_architecture
 
 TILED = ("apply", "reduce", "feature_gradient", "prior_gradient")
+PRODUCTS = ("gram", "gradient", *TILED)  # kernels with matrix products
 
 # (kernel, bytes an element) → {widest padded channel count: (BLOCK_N, warps)}. Where a fused kernel has no row for a
 # width, the wide route takes over: Grams by the vendor's GEMM, gradients by tiles.
 GENERAL = {
-    ("gram", 2): {64: (64, 8), 128: (64, 8)},
+    ("gram", 2): {64: (64, 4), 128: (64, 8)},
     ("gram", 4): {64: (16, 8)},
     ("normalise", 2): {256: (64, 8), 512: (32, 8)},
     ("normalise", 4): {256: (32, 8), 512: (16, 8)},
-    ("apply", 2): {64: (64, 4), 512: (64, 8)},
+    ("apply", 2): {64: (128, 4), 128: (128, 8), 512: (64, 8)},
     ("apply", 4): {512: (16, 8)},
-    ("reduce", 2): {64: (64, 8), 512: (64, 8)},
+    ("reduce", 2): {512: (64, 8)},
     ("reduce", 4): {512: (16, 8)},
     ("gradient", 2): {64: (64, 8), 128: (64, 8)},
     ("gradient", 4): {},
@@ -29,26 +30,45 @@ GENERAL = {
     ("feature_gradient", 4): {512: (16, 8)},
     ("norm_gradient", 2): {256: (32, 8), 512: (16, 8)},
     ("norm_gradient", 4): {256: (32, 8), 512: (16, 8)},
-    ("prior_gradient", 2): {512: (32, 8)},
+    ("prior_gradient", 2): {512: (64, 8)},
     ("prior_gradient", 4): {512: (16, 8)},
 }
-# Where a target differs: Ampere keeps operands in registers, gfx942 has less shared memory and wider waves.
+# Where a target differs. Ampere keeps operands in registers: 64 px of all channels spill there, so its Grams and
+# gradients take the wide route. gfx942 has less shared memory and wider waves; its matrix instructions read registers
+# and are waited for one by one, so neither of Hopper's faults exists there, and tiles below 64 px stay.
 BY_ARCHITECTURE: dict[int | str, dict[tuple[str, int], dict[int, tuple[int, int]]]] = {
     80: {
-        ("gram", 2): {64: (16, 4), 128: (16, 8)},
-        ("gradient", 2): {64: (32, 4), 128: (16, 8)},
+        ("gram", 2): {},
+        ("gradient", 2): {},
+        ("apply", 2): {64: (64, 4), 512: (64, 8)},
     },
-    100: {("gram", 2): {64: (32, 8), 128: (64, 8)}},
+    100: {("apply", 2): {64: (64, 4), 512: (64, 8)}},
     "gfx942": {
+        ("apply", 2): {64: (64, 4), 512: (64, 8)},
         ("reduce", 2): {64: (64, 4), 512: (32, 8)},
         ("gram", 4): {64: (16, 4)},
         ("gram", 2): {64: (32, 4), 128: (32, 8)},
         ("gradient", 2): {64: (64, 8), 128: (16, 8)},
+        ("prior_gradient", 2): {512: (32, 8)},
     },
 }
 
 # (C, D, dtype) that take the wide route whatever their width: `kernels.routes.use` puts them here.
 TILED_GROUPS: set[tuple[int, int, torch.dtype]] = set()
+
+
+def refusal(kernel: str, itemsize: int, tiles: tuple[int, int], config: tuple[int, int], nvidia: bool) -> str:
+    """Why a launch must not be; empty if it may. tiles: padded channels of x and p; config: (BLOCK_N, warps).
+
+    Right were all launches with 64 px and more (H200, bf16 and fp16), and all in float32, whose products are tf32.
+    """
+    (wide, prior), (pixels, warps) = tiles, config
+    lanes = warps * (32 if nvidia else 64)
+    if kernel == "gram" and wide * wide + wide * prior + prior * prior > 128 * lanes:
+        return "the sums of its three Grams take more than 128 registers of a thread"
+    if nvidia and itemsize == 2 and kernel in PRODUCTS and pixels < 64:
+        return "products of 2-byte operands over fewer than 64 px"
+    return ""
 
 
 def tile_width(channels: int) -> int:
@@ -64,29 +84,38 @@ def _rows(kernel: str, dtype: torch.dtype) -> dict[int, tuple[int, int]]:
     return BY_ARCHITECTURE.get(architecture, {}).get(key, GENERAL[key])
 
 
+def _row(kernel: str, channels: int, prior_channels: int, dtype: torch.dtype) -> tuple[int, int] | None:
+    """(BLOCK_N, warps) of the narrowest row that holds both widths; None without one, or where it is refused."""
+    tiles = tile_width(channels), tile_width(prior_channels)
+    rows = _rows(kernel, dtype)
+    config = next((rows[widest] for widest in sorted(rows) if max(tiles) <= widest), None)
+    nvidia = isinstance(target_architecture(), int)
+    return None if config is None or refusal(kernel, min(dtype.itemsize, 4), tiles, config, nvidia) else config
+
+
 def fused(kernel: str, channels: int, prior_channels: int, dtype: torch.dtype) -> bool:
     """Whether one program of this kernel can hold all channels of a pixel, so that x and p are read once."""
     if (channels, prior_channels, dtype) in TILED_GROUPS:
         return False
-    width = max(tile_width(channels), tile_width(prior_channels))
     if INTERPRETING:
-        return width <= 128
-    return width <= max(_rows(kernel, dtype), default=0)
+        return max(tile_width(channels), tile_width(prior_channels)) <= 128
+    return _row(kernel, channels, prior_channels, dtype) is not None
 
 
 def launch_config(kernel: str, channels: int, prior_channels: int, dtype: torch.dtype) -> dict[str, int]:
     """BLOCK sizes and warps of one kernel for C and D channels."""
-    width = max(tile_width(channels), tile_width(prior_channels))
     if INTERPRETING:  # small tiles, so that small tests cross their borders
         config = {"BLOCK_N": 16}
     else:
-        rows = _rows(kernel, dtype)
-        pixels, warps = next(rows[widest] for widest in sorted(rows) if width <= widest)
+        row = _row(kernel, channels, prior_channels, dtype)
+        assert row is not None, f"{kernel} has no launch for {channels} and {prior_channels} channels of {dtype}"
+        pixels, warps = row
         config = {"BLOCK_N": pixels, "num_warps": warps}
     if kernel in TILED:
         narrow = dtype.itemsize == 2 or INTERPRETING
         widest = 128 if kernel in ("apply", "reduce") and narrow else 64
-        if kernel == "prior_gradient" and not narrow:
+        # Three matrices and three maps at once: 64 channels of them spill where operands live in registers.
+        if kernel == "prior_gradient" and (not narrow or (not INTERPRETING and target_architecture() in range(80, 90))):
             widest = 32
         config |= {"BLOCK_C": min(tile_width(channels), widest), "BLOCK_D": min(tile_width(prior_channels), 64)}
     return config

@@ -79,15 +79,21 @@ def gradient_kernel(
 
     b_gain = load_matrix(gain + pid_b * C * D, o_c, o_d, C, D)
     b_cross = load_matrix(cross + pid_b * C * D, o_c, o_d, C, D)
-    u_gain = load_unit(units, 0, batch, pid_b, SCALED, ACC)
-    u_shift = load_unit(units, 1, batch, pid_b, SCALED, ACC)
-    u_cross = load_unit(units, 2, batch, pid_b, SCALED, ACC)
+    # A unit of 1 that the compiler knows would make it add each product into the next one's sums, and such a chain
+    # gets all warps along the rows, though a tile of 64 rows has work for four: half of eight would compute the
+    # rest's again.
+    one = tl.where(N > 0, 1.0, 0.0).to(ACC)
+    u_gain = load_unit(units, 0, batch, pid_b, SCALED, ACC) * one
+    u_shift = load_unit(units, 1, batch, pid_b, SCALED, ACC) * one
+    u_cross = load_unit(units, 2, batch, pid_b, SCALED, ACC) * one
+    u_hzz = load_unit(units, 3, batch, pid_b, SCALED, ACC) * one
+    u_hpp = load_unit(units, 4, batch, pid_b, SCALED, ACC) * one
     zero_x, zero_p = tl.zeros((BLOCK_C, BLOCK_N), ACC), tl.zeros((BLOCK_D, BLOCK_N), ACC)
 
     b_dz = dot(b_gain, b_p, zero_x, PRECISION) * u_gain * b_dy.to(ACC)
     b_dz += dot(b_cross, b_p, zero_x, PRECISION) * u_cross
     b_hzz = load_matrix(hzz + pid_b * C * C, o_c, o_c, C, C)
-    b_dz += dot(b_hzz, b_zh, zero_x, PRECISION) * load_unit(units, 3, batch, pid_b, SCALED, ACC)
+    b_dz += dot(b_hzz, b_zh, zero_x, PRECISION) * u_hzz
     b_dz += tl.load(dzs + pid_b * C + o_c, mask=m_c, other=0.0)[:, None]
     b_level = tl.sum(b_dz, 0) / C
     b_along = tl.sum(b_dz * b_z, 0) / C
@@ -101,7 +107,7 @@ def gradient_kernel(
     b_dp += dot(tl.trans(b_shift), b_dy, zero_p, PRECISION) * u_shift
     b_dp += dot(tl.trans(b_cross), b_zh, zero_p, PRECISION) * u_cross
     b_hpp = load_matrix(hpp + pid_b * D * D, o_d, o_d, D, D)
-    b_dp += dot(b_hpp, b_p, zero_p, PRECISION) * load_unit(units, 4, batch, pid_b, SCALED, ACC)
+    b_dp += dot(b_hpp, b_p, zero_p, PRECISION) * u_hpp
     b_dp += tl.load(dps + pid_b * D + o_d, mask=m_d, other=0.0)[:, None]
     b_dp = b_dp.to(dp.dtype.element_ty)
     tl.store(dp + pid_b * svb + offsets_2d(o_d, o_n, svc, svn, WIDE), b_dp, mask=m_p)
