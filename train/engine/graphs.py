@@ -91,6 +91,12 @@ class Graphs:
         self.replays += 1
         return call(inputs)
 
+    def forget(self) -> None:
+        """Between two steps: capture anew from here on, because other parts of the module learn than until now."""
+        for kept in (self._seen, self._calls, self._moves, self._used):
+            kept.clear()
+        self._full, self.newest = False, None
+
     def _watched(self, key: tuple, result: Any) -> Any:
         """The result of an eager call, whose backward pass tells which tensors of it get gradients of which strides."""
         used = self._used[key] = {}

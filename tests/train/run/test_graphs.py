@@ -65,3 +65,14 @@ def test_a_run_that_is_resumed_goes_on_with_the_same_bits_and_says_what_its_step
 def test_what_forbids_graphs_is_told_before_the_first_step(runs):
     _, error = runs.run("no-gpu", status=2, engine__graphs="on")
     assert "engine.graphs on: CUDA graphs need a GPU" in error
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_a_prior_that_rests_and_learns_again_is_captured_anew(runs, rests):
+    settings = SETTINGS | {"train__steps": 14, "train__distill_steps": 4, "train__spe_steps": 5}
+    settings |= {"train__student_frozen": rests}
+    runs.run(f"rests-{rests}-off", **settings)
+    log = graphed(runs, f"rests-{rests}-on", **settings)
+    assert log.count(LINES[0]) == 3  # one a stage, each with others that learn
+    assert runs.losses(f"rests-{rests}-on") == runs.losses(f"rests-{rests}-off")
+    assert_same_weights(runs, f"rests-{rests}-on", f"rests-{rests}-off", 14, tolerance=0)
