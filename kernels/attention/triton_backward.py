@@ -79,19 +79,22 @@ def gradient_kernel(
 
     b_gain = load_matrix(gain + pid_b * C * D, o_c, o_d, C, D)
     b_cross = load_matrix(cross + pid_b * C * D, o_c, o_d, C, D)
-    # A unit of 1 that the compiler knows would make it add each product into the next one's sums, and such a chain
-    # gets all warps along the rows, though a tile of 64 rows has work for four: half of eight would compute the
-    # rest's again.
-    one = tl.where(N > 0, 1.0, 0.0).to(ACC)
-    u_gain = load_unit(units, 0, batch, pid_b, SCALED, ACC) * one
-    u_shift = load_unit(units, 1, batch, pid_b, SCALED, ACC) * one
-    u_cross = load_unit(units, 2, batch, pid_b, SCALED, ACC) * one
-    u_hzz = load_unit(units, 3, batch, pid_b, SCALED, ACC) * one
-    u_hpp = load_unit(units, 4, batch, pid_b, SCALED, ACC) * one
+    # A unit of 1 that the compiler knows would make it add each product into the next one's sums; such a chain gets
+    # all warps along the rows: eight, where a tile of 64 rows has work for four, and half compute the same again.
+    one_x, one_p = tl.full((), 1.0, ACC), tl.full((), 1.0, ACC)
+    if BLOCK_C < 128:
+        one_x = tl.where(N > 0, 1.0, 0.0).to(ACC)
+    if BLOCK_D < 128:
+        one_p = tl.where(N > 0, 1.0, 0.0).to(ACC)
+    u_gain = load_unit(units, 0, batch, pid_b, SCALED, ACC)
+    u_shift = load_unit(units, 1, batch, pid_b, SCALED, ACC) * one_p
+    u_cross = load_unit(units, 2, batch, pid_b, SCALED, ACC)
+    u_hzz = load_unit(units, 3, batch, pid_b, SCALED, ACC) * one_x
+    u_hpp = load_unit(units, 4, batch, pid_b, SCALED, ACC) * one_p
     zero_x, zero_p = tl.zeros((BLOCK_C, BLOCK_N), ACC), tl.zeros((BLOCK_D, BLOCK_N), ACC)
 
-    b_dz = dot(b_gain, b_p, zero_x, PRECISION) * u_gain * b_dy.to(ACC)
-    b_dz += dot(b_cross, b_p, zero_x, PRECISION) * u_cross
+    b_dz = dot(b_gain, b_p, zero_x, PRECISION) * (u_gain * one_x) * b_dy.to(ACC)
+    b_dz += dot(b_cross, b_p, zero_x, PRECISION) * (u_cross * one_x)
     b_hzz = load_matrix(hzz + pid_b * C * C, o_c, o_c, C, C)
     b_dz += dot(b_hzz, b_zh, zero_x, PRECISION) * u_hzz
     b_dz += tl.load(dzs + pid_b * C + o_c, mask=m_c, other=0.0)[:, None]
@@ -102,10 +105,10 @@ def gradient_kernel(
     tl.store(dx + pid_b * sub + offsets_2d(o_c, o_n, suc, sun, WIDE), b_dx, mask=m_x)
 
     b_e = (b_dy.to(ACC) * b_z).to(b_p.dtype)
-    b_dp = dot(tl.trans(b_gain), b_e, zero_p, PRECISION) * u_gain
+    b_dp = dot(tl.trans(b_gain), b_e, zero_p, PRECISION) * (u_gain * one_p)
     b_shift = load_matrix(shift + pid_b * C * D, o_c, o_d, C, D)
     b_dp += dot(tl.trans(b_shift), b_dy, zero_p, PRECISION) * u_shift
-    b_dp += dot(tl.trans(b_cross), b_zh, zero_p, PRECISION) * u_cross
+    b_dp += dot(tl.trans(b_cross), b_zh, zero_p, PRECISION) * (u_cross * one_p)
     b_hpp = load_matrix(hpp + pid_b * D * D, o_d, o_d, D, D)
     b_dp += dot(b_hpp, b_p, zero_p, PRECISION) * u_hpp
     b_dp += tl.load(dps + pid_b * D + o_d, mask=m_d, other=0.0)[:, None]

@@ -73,7 +73,7 @@ def test_faithful_machine_code_keeps_every_descriptor():
         ),
         ("UIADD3 UR8, UP0, UR4, 0x4, URZ", "UIADD3 UR8, UP0, UR44, 0x4, URZ", "nobody wrote"),
         ("UMOV UR10, UR6", "R2UR UR10, R1", "nobody wrote"),
-        ("UMOV UR12, URZ", "UMOV UR6, 0x1", "B 0x"),
+        ("UMOV UR6, UR4", "UMOV UR6, 0x1", "B 0x"),
     ],
 )
 def test_a_lost_operand_is_found(old, new, said):
