@@ -84,6 +84,17 @@ def test_running_out_of_memory_says_nothing_of_the_next_try(monkeypatch):
     assert judge(ATTENTION, "triton", CPU) == {"right": False, "why": "out of memory", "passing": True}
 
 
+def test_a_compiler_that_fails_is_asked_again_next_time(monkeypatch):
+    from kernels import compiled
+
+    def failing(*_):
+        raise ImportError("file too short")
+
+    monkeypatch.setattr(compiled, "run", failing)
+    found = judge(ATTENTION, "compiled", CPU)
+    assert (found["why"], found["passing"]) == ("cannot run: ImportError: file too short", True)
+
+
 def test_an_illegal_access_ends_the_process_use(monkeypatch):
     import kernels.attention.triton as attention
 
