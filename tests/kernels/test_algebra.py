@@ -131,6 +131,17 @@ def test_fused_algebra_repeats_bitwise():
     assert all(torch.equal(a, b) for a, b in zip(fused(*inputs)[0], fused(*inputs)[0], strict=True))
 
 
+@interpreted
+def test_fakes_know_what_the_kernels_return():
+    x, p, weights = attention_case((2, 8, 5, 3), 6, 2)
+    forward = (x, p, *weights, 1e-6, True)
+    _, mean, rstd, state = torch.ops.sharpprior.semantic_attention(*forward)
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(torch.ops.sharpprior.semantic_attention.default, forward, **checks)
+    backward = (x, x, p, *weights, mean, rstd, state, True)
+    torch.library.opcheck(torch.ops.sharpprior.semantic_attention_backward.default, backward, **checks)
+
+
 class Work(TorchDispatchMode):
     """PyTorch operators that would run something on a GPU: no views, no allocations."""
 
