@@ -212,6 +212,7 @@ class _Call:
         self._parameters = [p for p, there in zip(parameters, reached[len(places) :], strict=True) if there]
         self._others = [p for p, there in zip(parameters, reached[len(places) :], strict=True) if not there]
         del gradients
+        self._results = self._leaves = []  # of the warm-up: nothing is freed while capturing
         self._outputs: Captured = owner.recorder.capture(self._run_forward)
         self._gradient_places()
         self._gradients: Captured | None = owner.recorder.capture(self._run_backward) if self._surface else None

@@ -2,8 +2,13 @@
 
 import gc
 import itertools
+import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -449,6 +454,23 @@ def test_settings_under_which_no_trained_network_is_captured(settings, reason, m
         # A frozen teacher is no parameter of ZeRO's, nor compiled here.
         teacher = engine.replayed(small(), "teacher", trained=False)
         assert (teacher is not None) == ((graphs, kind) == ("auto", "cuda"))
+
+
+WORKER = Path(__file__).parents[1] / "workers" / "graphs.py"
+
+
+def test_two_ranks_under_every_stage_learn_the_same_bits():
+    """Stages 0 to 2, accumulation, 16-bit parameters, averages, two stages; each rank's part is compared."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 6
+    for case, ranks in found.items():
+        accumulation = int(case.split("/")[2])
+        replays = (10 - 2 * subject.EAGER_CALLS) * accumulation
+        assert ranks == [{"replays": replays, "losses": True, "learned": True, "other": []}] * 2, case
 
 
 def test_nothing_of_a_dropped_call_is_kept():
