@@ -56,7 +56,7 @@ def test_a_run_that_is_resumed_goes_on_with_the_same_bits_and_says_what_its_step
 
 
 def test_what_forbids_graphs_is_told_before_the_first_step(runs):
-    _, error = runs.run("no-gpu", status=2, engine__graphs="on")
+    _, error = runs.run("no-gpu", status=1, engine__graphs="on")
     assert "engine.graphs on: CUDA graphs need a GPU" in error
 
 
