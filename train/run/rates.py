@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from model.summary import FORMULAS
+from train.config.patches import phase_at
 from train.config.schema import Config
+from train.run.schedule import stage
 
 # Dense peaks, TFLOP/s: (bf16 and fp16 with fp32 sums, TF32), by a pattern of the name that torch gives, the first that
 # fits. Source: NVIDIA's data sheet of each, and the Ada and GA102 white papers for GeForce; where a sheet counts
@@ -70,14 +72,15 @@ class Rates:
         self._counts = not (
             config.engine.compile or (config.model.prior and any(t.compile for t in config.model.teacher))
         )
-        self._flops: dict[bool, int] = {}
+        self._flops: dict[tuple[str, int], int] = {}  # of a stage's steps in a phase of the crops
         self._now = 0
         self.next(done)
 
     def next(self, done: int) -> None:
         """The step after `done` ones begins."""
-        self._distill = done < self._config.train.distill_steps
-        self._watched = self._counts and self._distill not in self._flops
+        phase = phase_at(self._config, done)
+        self._kind, self._batch = (stage(done, self._config), phase.first), phase.batch
+        self._watched = self._counts and self._kind not in self._flops
         self._now = 0
 
     @contextlib.contextmanager
@@ -93,10 +96,10 @@ class Rates:
     def of(self, seconds: float) -> dict[str, float]:
         """Of the step just done: `pairs_per_s`; `tflops` a second over all ranks; `mfu`, their part of the peak."""
         if self._watched:
-            self._flops[self._distill] = self._now
-        found = {"pairs_per_s": self._config.train.batch / seconds}
-        if self._distill in self._flops:
-            flops = self._flops[self._distill] * self._world / seconds
+            self._flops[self._kind] = self._now
+        found = {"pairs_per_s": self._batch / seconds}
+        if self._kind in self._flops:
+            flops = self._flops[self._kind] * self._world / seconds
             found["tflops"] = flops / 1e12
             if self._peak is not None:
                 found["mfu"] = flops / self._peak

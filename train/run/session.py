@@ -10,20 +10,16 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from data.blur import TIERS
 from data.stream.crops import PAIRS_VERSION, margin_of
-from data.stream.loader import PairLoader, check_bad
 from data.stream.validation import validation_count, validation_pairs
-from model.deblurrer import Deblurrer
-from model.pretrained import CONFIG, load_pretrained
+from model.pretrained import CONFIG
 from train.checkpoint.copier import Copier
 from train.checkpoint.far import FarFolder, far_folder
 from train.checkpoint.folder import Checkpoints
 from train.checkpoint.manifest import RunState, read_state
-from train.checkpoint.plug import PARTS, plug_in
 from train.checkpoint.resume import (
     check_computed_alike,
     check_fits,
@@ -31,13 +27,12 @@ from train.checkpoint.resume import (
     find_checkpoint,
     look_for_checkpoint,
 )
-from train.checkpoint.saved import model_folder
 from train.config.file import load_config
 from train.config.identity import config_digest, git_commit, versions
 from train.config.networks import build_model
-from train.config.patches import check_crops_fit, in_phase, pairs_before, phase_at, phases
+from train.config.patches import check_crops_fit, pairs_before, phase_at
 from train.config.schema import Config
-from train.config.sources import data_sources, digest_of, open_sets, pair_loader, with_resolved_data
+from train.config.sources import data_sources, digest_of, open_sets, with_resolved_data
 from train.engine.average import Ema
 from train.engine.engine import Engine
 from train.engine.ranks import rank_lines
@@ -45,6 +40,7 @@ from train.engine.zero import trainable
 from train.evaluate.scores import VALIDATION_SEED, Evaluation, evaluate_pairs, merge, panel_numbers
 from train.log import log, start_logging
 from train.objective.task import DeblurTask
+from train.run.first import first_weights
 from train.run.folder import RunFolder
 from train.run.kernels import guard_kernels
 from train.run.profile import StepProfile
@@ -54,6 +50,7 @@ from train.run.schedule import evaluation_due, learning_rates, logged, prior_lea
 from train.run.shares import StepShares
 from train.run.stages import arrange, enter_stage
 from train.run.step import StepResult
+from train.run.stream import TrainingStream
 from train.watch.heartbeat import beat
 from train.watch.signals import StopRequest
 from train.watch.traces import Traces
@@ -85,7 +82,6 @@ class Session:
         self.engine, self.stopping, self._extend = engine, stop, extend
         self.copier: Copier | None = None
         self.records: Records | None = None
-        self._streams: list[PairLoader] = []
         self._profile: StepProfile | None = None
         with contextlib.ExitStack() as opened:  # what is open is closed, the last first, also where opening fails
             opened.push(self._close_copier)  # last of all: the other ranks are let go by then
@@ -155,6 +151,7 @@ class Session:
         with self.engine.agreed():
             self.train_sets, self.val_set = open_sets(self.config)
             check_crops_fit(self.config, self.train_sets)
+        self._stream = TrainingStream(self.config, self.train_sets, self.engine)
         train, val = self._sources
         for source, shards in zip(train, self.train_sets, strict=True):
             log.info("training data: %s, %d samples", source, len(shards))
@@ -192,7 +189,10 @@ class Session:
         config, engine = self.config, self.engine
         with engine.agreed():
             self.task = DeblurTask(config, engine.device)
-            module = self._first_weights(init) if checkpoint is None else build_model(config, read_weights=False)
+            if checkpoint is None:
+                module, self._origins = first_weights(config, engine, self.task, self.train_sets, init)
+            else:
+                module = build_model(config, read_weights=False)
         beat("start")
         engine.wrap(module.to(engine.device))
         if self.task.teacher is not None:
@@ -206,37 +206,6 @@ class Session:
         self._saved: int | None = None
         if checkpoint is not None:
             self._resume_at(checkpoint)
-
-    def _first_weights(self, init: str | None) -> Deblurrer:
-        """A fresh module with its weights and scales; nothing here waits for other ranks."""
-        plugged = [f"model.{part}_from" for part in PARTS if getattr(self.config.model, f"{part}_from") is not None]
-        if init is not None and plugged:
-            raise ValueError(f"--init gives all weights, {plugged[0]} some of them: leave one of them out")
-        module = build_model(self.config).to(self.engine.device)
-        folder = None if init is None else model_folder(init)
-        if folder is not None:
-            load_pretrained(module, folder)
-            log.info("weights start from %s", folder)
-        self.task.calibrate(module, self._calibration_batches())
-        if folder is not None and module.prior is not None:
-            load_pretrained(module, folder)  # with the scales that belong to these weights
-        self._origins = plug_in(module, self.config)
-        for part, origin in self._origins.items():
-            log.info("%s taken from %s (digest %s)", part, origin["from"], origin["digest"])
-        return module
-
-    def _calibration_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The first pairs of the plan, whatever the number of ranks: the same on every rank."""
-        single = self.config.model_copy(
-            update={
-                "data": self.config.data.model_copy(update={"workers": 0, "canonical_groups": 1}),
-                "train": self.config.train.model_copy(update={"accumulation": 1, "batch": 8}),
-            }
-        )
-        batches = self.config.loss.statistics_crops // single.train.batch
-        for batch in pair_loader(single, self.train_sets, start=0, batches=batches, rank=0, world=1):
-            beat("start")
-            yield batch["blurry"], batch["sharp"]
 
     def _resume_at(self, checkpoint: Path) -> None:
         config, engine = self.config, self.engine
@@ -295,29 +264,8 @@ class Session:
             if self.config.profile is not None:
                 self._profile = StepProfile(self.folder.path, self.config.profile, self.step, engine.device)
                 self._opened.callback(self._profile.close)
-        return self._batches()
-
-    def _batches(self) -> Iterator[dict]:
-        """Phase after phase, each from a loader of its own: what is made ahead is never of another size."""
-        config, engine = self.config, self.engine
-        for phase in phases(config):
-            if self.step >= phase.last:
-                continue
-            if len(phases(config)) > 1:
-                log.info("step %d: %d pairs a step, crops of %d px", self.step, phase.batch, phase.crop)
-            stream = pair_loader(
-                in_phase(config, phase),
-                self.train_sets,
-                start=pairs_before(config, self.step),
-                batches=phase.last - self.step,
-                rank=engine.rank,
-                world=engine.world,
-                pin_memory=engine.device.type == "cuda",
-                device=engine.device,
-                attach=self.task.targets.attach if self.task.targets is not None else None,
-            )
-            self._streams.append(stream)
-            yield from stream
+        targets = self.task.targets
+        return self._stream.batches(self.step, targets.attach if targets is not None else None)
 
     def begin(self, step: int) -> None:
         """Enter the stage of the 0-based `step`, where it is another than that of the step before."""
@@ -400,10 +348,7 @@ class Session:
     def save(self, step: int) -> Path:
         """Write a checkpoint of the step just done."""
         beat("save")
-        if (allowed := self.config.data.max_bad_fraction) and self._streams:  # each rank has met its own
-            mine = set().union(*(stream.bad_samples for stream in self._streams))
-            found = set().union(*self.engine.gather(mine))
-            check_bad(found, self.train_sets, allowed)
+        self._stream.check_bad()  # each rank has met its own
         self._share_batch_norm()
         state = RunState(
             step=step,
