@@ -3,7 +3,7 @@
 python tests/studies/networks.py OUT                  # all, some minutes a network on two cores; a Markdown table
 python tests/studies/networks.py OUT --only mprnet    # one
 
-Small settings of each network, 3 steps of 4 pairs on two gloo ranks under ZeRO 0, 2 and 3, on one with recomputed blocks,
+Small settings of each network, 3 steps of 4 pairs: two gloo ranks under ZeRO 0, 2 and 3, one with recomputed blocks,
 each against one process's losses; then the trained model is exported and restores a photograph of an odd size.
 """
 
