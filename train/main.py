@@ -69,7 +69,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     from train.run.step import training_step
     from train.watch.health import check_health
 
-    config = with_plugged(config, resumed=args.resume is not None)
+    by_hand = [given.partition("=")[0] for given in args.set]
+    config = with_plugged(config, resumed=args.resume is not None, asked=by_hand)
     if args.dry_run:
         if args.resume or args.init:
             raise ValueError("--dry-run trains nothing: leave out --resume and --init")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -19,7 +23,7 @@ from train.config.file import build_config
 
 # Under which keys releases keep the weights, the best first: BasicSR (NAFNet, Restormer, FFTformer) has params_ema and
 # params, MPRNet and Uformer state_dict, MIMO-UNet model.
-WRAPPERS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net", "generator")
+WRAPPERS = ("params_ema", "params", "state_dict", "model_state", "model_state_dict", "model", "net", "generator")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 
 
@@ -31,6 +35,8 @@ def import_official(file: Path, backbone: str, settings: Mapping[str, Any], out:
     ValueError for a file that is damaged, holds code, is of another network (naming the preset that it fits, where one
     does), or a place that is taken.
     """
+    if "name" in settings:
+        raise ValueError("--set name=…: the backbone's name is what --backbone gives")
     with torch.device("meta"):
         network = build_backbone(backbone, **settings)
     state = read_official(file)
@@ -52,11 +58,14 @@ def read_official(file: Path) -> dict[str, torch.Tensor]:
         if file.suffix == SINGLE:
             found: Any = load_file(file)
         else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(harmless()):
+                found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        kind = re.search(r"[Uu]nsupported (?:global|class|operand)[^\w]*(?:GLOBAL )?([\w.]+)", str(error))
         raise ValueError(
             f"{file}: is no plain checkpoint: it is damaged, or holds objects beside tensors, which are not loaded "
-            f"because they may run code ({_line(error)}): save its state dict alone where you trust it"
+            f"because they may run code ({kind[1] if kind else 'pickled objects'}): save its state dict alone where you "
+            "trust it"
         ) from error
     except Exception as error:  # damaged files raise from an open-ended family
         raise ValueError(f"{file}: is damaged or no checkpoint ({_line(error)})") from error
@@ -73,6 +82,27 @@ def read_official(file: Path) -> dict[str, torch.Tensor]:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def harmless() -> list[Any]:
+    """Types beside tensors that releases keep next to the weights (their options, their best score), and that hold
+    data alone."""
+    arrays = np._core.multiarray
+    numpy_names = [
+        (getattr(arrays, name), f"numpy.{core}.multiarray.{name}")  # NumPy's releases differ in where these are
+        for name in ("_reconstruct", "scalar")
+        for core in ("core", "_core")
+    ]
+    dtypes = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "b1", "S1", "U1")]
+    return [
+        argparse.Namespace,
+        np.dtype,
+        np.ndarray,
+        *numpy_names,
+        *dtypes,
+        collections.OrderedDict,
+        collections.defaultdict,
+    ]
 
 
 def _line(error: Exception) -> str:

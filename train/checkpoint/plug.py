@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ from train.checkpoint.saved import model_folder
 from train.config.file import build_config
 from train.config.file import load_config as load_run_config
 from train.config.schema import Config
+from train.log import log
 
 PARTS = ("backbone", "prior")
 SHAPING = ("name", "fusion", "width", "residual")  # settings of a student that decide its tensors and what they mean
 
 
-def with_plugged(config: Config, *, resumed: bool = False) -> Config:
+def with_plugged(config: Config, *, resumed: bool = False, asked: Sequence[str] | None = None) -> Config:
     """The configuration with the settings of what it takes over from other runs (`model.backbone_from`,
     `model.prior_from`) filled in where it does not give its own, and their paths absolute.
 
-    resumed: a run goes on, so that its own folder says them, whatever became of those other runs. ValueError where a
-    prior's settings are given and differ, or there is no such model.
+    resumed: a run goes on, so that its own folder says them, whatever became of those other runs. asked: the keys
+    that were set by hand (`--set`); a prior's settings that only a file gives give way to the prior's own, which is
+    said. None: all count as set by hand. ValueError where such a setting differs, or there is no such model.
     """
     sources = {part: getattr(config.model, f"{part}_from") for part in PARTS}
     sources = {part: str(Path(path).expanduser().absolute()) for part, path in sources.items() if path is not None}
@@ -37,7 +40,9 @@ def with_plugged(config: Config, *, resumed: bool = False) -> Config:
     for part, path in sources.items():
         same = before is not None and getattr(before, f"{part}_from") == path
         theirs = before if same else _saved_config(model_folder(path)).model
-        taken = _prior_settings(config.model, theirs, path) if part == "prior" else _backbone(config.model, theirs)
+        taken = (
+            _prior_settings(config.model, theirs, path, asked) if part == "prior" else _backbone(config.model, theirs)
+        )
         values["model"] |= {f"{part}_from": path, **taken}
     return build_config(values)
 
@@ -91,7 +96,7 @@ def _backbone(mine: ModelConfig, theirs: ModelConfig) -> dict[str, Any]:
     return {} if "backbone" in mine.model_fields_set else {"backbone": theirs.backbone}
 
 
-def _prior_settings(mine: ModelConfig, theirs: ModelConfig, path: str) -> dict[str, Any]:
+def _prior_settings(mine: ModelConfig, theirs: ModelConfig, path: str, asked: Sequence[str] | None) -> dict[str, Any]:
     """`levels`, `teacher` and `student` of a prior, for a model that may give some of them itself."""
     if not theirs.prior:
         raise ValueError(f"model.prior_from {path}: that run has no prior (its model.prior is false)")
@@ -100,12 +105,18 @@ def _prior_settings(mine: ModelConfig, theirs: ModelConfig, path: str) -> dict[s
     shapes = _shape(mine if "teacher" in given else mine.model_copy(update={"teacher": theirs.teacher}))
     told = {"levels": "levels" in given, "teacher": "teacher" in given}
     told |= {f"student.{key}": "student" in given and key in given_student for key in SHAPING}
-    for key, is_given in told.items():
-        if is_given and shapes[key] != wanted[key]:
+    by_hand = (
+        told if asked is None else {key for key in told if any(f"model.{key}.".startswith(f"{a}.") for a in asked)}
+    )
+    for key in (key for key, is_given in told.items() if is_given and shapes[key] != wanted[key]):
+        if key in by_hand:
             raise ValueError(
                 f"model.prior_from {path}: its prior has {key} {wanted[key]}, and model.{key} is {shapes[key]} here: "
                 "leave that out, or set it to the same"
             )
+        log.info("model.%s %s of the configuration gives way to the prior's %s", key, shapes[key], wanted[key])
+    given = given - ({"teacher"} - by_hand)
+    given_student = given_student - {key for key in SHAPING if f"student.{key}" not in by_hand}
     taken: dict[str, Any] = {"levels": theirs.levels}
     if "teacher" not in given:
         taken["teacher"] = [each.model_dump(mode="json") for each in theirs.teacher]

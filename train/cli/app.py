@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from train.cli.cache import app as cache_app
-from train.cli.console import say, wide_console
+from train.cli.console import say, usable_device, wide_console
 from train.cli.data import Overwrite
 from train.cli.data import app as data_app
 from train.cli.networks import app as networks_app
@@ -30,15 +30,13 @@ Which = Annotated[str, typer.Option("--checkpoint", help="latest, best, or step-
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")]
 
 
-def _device(name: str | None):
-    import torch
+def _plugged(config: Path, overrides: list[str] | None):
+    """A run's configuration, with the settings of what it takes over from other runs."""
+    from train.checkpoint.plug import with_plugged
+    from train.config.file import load_config
 
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
+    asked = [override.partition("=")[0] for override in overrides or []]
+    return with_plugged(load_config(config, overrides or []), asked=asked)
 
 
 @app.command()
@@ -71,7 +69,7 @@ def restore(
         raise ValueError("--overwrite and --skip-existing exclude each other")
     if not photo.exists():
         raise ValueError(f"{photo}: no such file or folder")
-    network, config, _ = load_model(run, _device(device), checkpoint)
+    network, config, _ = load_model(run, usable_device(device), checkpoint)
     side = None if whole else tile or default_tile(config)
     with told_now_and_then("restoring …") as status:
 
@@ -109,7 +107,7 @@ def evaluate(
     from train.evaluate.offline import evaluate_saved
 
     asked = {"data": data, "out": out, "which": checkpoint, "per_tier": per_tier, "crop": crop, "overwrite": overwrite}
-    evaluate_saved(run, **asked, device=_device(device))
+    evaluate_saved(run, **asked, device=usable_device(device))
 
 
 @app.command()
@@ -129,13 +127,11 @@ def plan(
     memory: Annotated[float, typer.Option(help="GiB a GPU.")] = 80.0,
 ) -> None:
     """Memory, bytes moved, step time, loader and checkpoints of a run on a cluster, before it is started."""
-    from train.checkpoint.plug import with_plugged
-    from train.config.file import load_config
     from train.plan.cost import Cluster
     from train.plan.report import print_plan
 
     cluster = Cluster(nodes, gpus, tflops, utilisation, hbm, launch, nvlink, network, latency, storage, memory)
-    print_plan(with_plugged(load_config(config, overrides or [])), cluster, wide_console())
+    print_plan(_plugged(config, overrides), cluster, wide_console())
 
 
 @app.command()
@@ -151,11 +147,10 @@ def kernels(
     import torch
 
     from kernels.routes import case_to_json
-    from train.config.file import load_config
     from train.plan.kernels import kernel_cases
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cases = kernel_cases(load_config(config, overrides or []), ranks, where)
+    cases = kernel_cases(_plugged(config, overrides), ranks, where)
     print(json.dumps([case_to_json(case) for case in cases]))
 
 

@@ -49,3 +49,15 @@ def told_now_and_then(title: str) -> Iterator[Callable[[str], None]]:
             say(text)
 
     yield tell
+
+
+def usable_device(name: str | None):
+    """The torch device called `name`, by default a GPU where there is one; ValueError where it cannot be used."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device

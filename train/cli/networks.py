@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from train.cli.console import say, wide_console
+from train.cli.console import say, usable_device, wide_console
 from train.cli.data import Overwrite
 
 app = typer.Typer()
@@ -25,7 +25,7 @@ def import_(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a model of an official checkpoint: to restore with, evaluate, or finetune with the prior (--init).
+    """Make a model of an official checkpoint: to restore with, evaluate, or finetune (model.backbone_from).
 
     Wrappers (params, params_ema, state_dict, module.) are seen through; nothing in the file is executed.
     """
@@ -56,7 +56,6 @@ def models(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="PNG: MACs against milliseconds.")] = None,
 ) -> None:
     """Parameters, MACs, milliseconds and memory of the networks here, without and with the prior."""
-    import torch
     from rich.table import Table
 
     from model.backbones import BACKBONES
@@ -70,7 +69,10 @@ def models(
     if only_list:
         return say("\n".join(chosen))
     asked = [_size(text) for text in sizes.split(",")]
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = str(usable_device(device))
+    for file in (json_file, plot_file):
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{file}: {file.parent} is no folder")
     path = config if config.exists() else ROOT / config
     table = Table("network", "parameters, M", "GMACs at 256²", title=f"On {where}, one image")
     for height, width in asked:

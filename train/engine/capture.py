@@ -28,6 +28,9 @@ class Recorder(Protocol):
     def capture(self, function: Callable[[], list[Tensor | None]]) -> Captured:
         """Record the function. Raises whatever forbids it; the device is usable afterwards."""
 
+    def renew(self) -> None:
+        """Take other memory from here on: all that was captured is given up."""
+
 
 class CudaRecorder:
     """CUDA graphs, by the recipe of `torch.cuda.make_graphed_callables` (torch/cuda/graphs.py): warm-up and captures on
@@ -57,6 +60,9 @@ class CudaRecorder:
         finally:
             torch.cuda.set_stream(before)  # torch leaves its side stream current where a capture ends in an error
         return Captured(tensors, graph.replay)
+
+    def renew(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
 
 
 # By type of device; the tests put a recorder for the CPU here that runs the function again.

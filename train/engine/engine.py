@@ -86,6 +86,7 @@ class Engine:
             raise ValueError("engine.graphs on: CUDA graphs need a GPU, and this is a CPU: set it to auto")
         self.engine: Any = None
         self.graphs: Graphs | None = None  # of the trained module, where its passes are replayed
+        self._replayed: list[Graphs] = []  # of all modules
         self.timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext  # of parts of a step
         self._norm: float | None = None
         self._gradients_bad = False
@@ -127,7 +128,13 @@ class Engine:
             return None
         calls = EAGER_CALLS * self.config.train.accumulation
         more |= {"trained": trained, "strict": engine.graphs == "on", "eager_calls": calls, "tell": self.main}
-        return Graphs(module, RECORDERS[kind](self.device), what=what, **more)
+        self._replayed.append(Graphs(module, RECORDERS[kind](self.device), what=what, **more))
+        return self._replayed[-1]
+
+    def forget_graphs(self) -> None:
+        """Between two steps: capture anew, because others learn from here on or crops have another size."""
+        for graphs in self._replayed:
+            graphs.forget()
 
     def _first_reason(self, reason: str | None) -> str | None:
         return next((each for each in self.gather(reason) if each is not None), None)

@@ -96,6 +96,7 @@ class Graphs:
         for kept in (self._seen, self._calls, self._moves, self._used):
             kept.clear()
         self._full, self.newest = False, None
+        self.recorder.renew()
 
     def _watched(self, key: tuple, result: Any) -> Any:
         """The result of an eager call, whose backward pass tells which tensors of it get gradients of which strides."""
@@ -217,6 +218,9 @@ class _Call:
         self._gradient_places()
         self._gradients: Captured | None = owner.recorder.capture(self._run_backward) if self._surface else None
         self._differentiable = [tensor.requires_grad for tensor in self._results]
+        # What led to them would tie the parameters' gradients to the capture's stream.
+        self._leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        self._results = []
         self._fresh = _FreshMemory(self._gradients.tensors if self._gradients is not None else [])
 
     # -- what is captured ---------------------------------------------------------------------------------------------

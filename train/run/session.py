@@ -200,6 +200,11 @@ class Session:
         self.ema = Ema(engine, config.train.ema)
         trained, where = trainable(engine.module), f"{engine.world} ranks on {engine.device.type}"
         log.info("%d trained parameters, %s, ZeRO %d, %s", trained, where, config.engine.zero, config.engine.precision)
+        share, batch = config.micro_batch(engine.world), config.train.batch
+        log.info(
+            "a step: %d pairs over all ranks, whatever their number (%d ranks × %d accumulation × %d); the learning rate "
+            "is that of the whole step", batch, engine.world, config.train.accumulation, share,
+        )  # fmt: skip
         self.step, self._stage = 0, ""
         self.evaluation: Evaluation | None = None
         self._evaluated: int | None = None  # steps of the newest evaluation and checkpoint

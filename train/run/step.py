@@ -112,6 +112,7 @@ def _step(
             loss = zero_loss(engine, task, batch, distill, cfl)
             engine.set_learning_rates(0.0, 0.0)
         engine.backward_and_step(loss)
+        del loss  # with the graph behind it, before another forward pass is captured
         for name, value in zip(named, (told / engine.world).tolist(), strict=True):
             means[name] = means.get(name, 0.0) + value / config.train.accumulation
     loss_value = means.pop("loss")

@@ -29,6 +29,7 @@ class TrainingStream:
                 continue
             if len(phases(config)) > 1:
                 log.info("step %d: %d pairs a step, crops of %d px", step, phase.batch, phase.crop)
+                engine.forget_graphs()
             loader = pair_loader(
                 in_phase(config, phase),
                 self._sets,

@@ -1,5 +1,7 @@
 """Official checkpoints become models: every wrapper, and nothing that is wrong, torn or hostile."""
 
+import argparse
+import collections
 import os
 import pickle
 
@@ -41,6 +43,14 @@ WRAPPED = {
     },
     "model": lambda state: {"model": state},
     "module": _module,
+    "stripformer": lambda state: {"model_state": _module(state)},
+    "options": lambda state: {
+        "state_dict": state,
+        "opt": argparse.Namespace(lr=1e-4, sizes=[1]),
+        "best": np.float64(32.7),
+        "curve": np.arange(3.0),
+        "more": collections.defaultdict(int, a=1),
+    },
     "nested": lambda state: {"model": {"state_dict": _module(state)}},
 }
 
