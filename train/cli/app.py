@@ -155,7 +155,10 @@ def kernels(
     from train.plan.kernels import kernel_cases
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cases = kernel_cases(load_config(config, overrides or []), ranks, where)
+    run = load_config(config, overrides or [])
+    if run.engine.precision == "auto":
+        typer.echo("engine.precision auto: listed as bf16", err=True)
+    cases = kernel_cases(run, ranks, where)
     print(json.dumps([case_to_json(case) for case in cases]))
 
 
