@@ -14,7 +14,7 @@ from torch import nn
 
 from train.config.file import load_config
 from train.config.schema import Config
-from train.engine.network import recompute_blocks
+from train.engine.network import shape_network
 from train.engine.precision import keep_depthwise_in_fp32, refuse_precision, use_sixteen_bit_parameters
 from train.engine.settings import deepspeed_settings
 
@@ -138,6 +138,8 @@ def test_batch_norm_takes_16_bit_scales_beside_fp32_statistics_and_nobody_elses_
 def stack(depthwise: nn.Module) -> nn.Sequential:
     """Blocks around a depthwise convolution of 8 channels, weights of a fixed seed."""
     layers = [nn.Sequential(nn.Conv2d(3, 8, 1), depthwise), nn.Sequential(nn.GELU(), nn.Conv2d(8, 3, 1), nn.PReLU())]
+    for layer in layers:
+        layer.recompute = True
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in (network := nn.Sequential(*layers)).parameters():
@@ -181,8 +183,8 @@ def test_recomputed_blocks_and_compiled_ones_keep_it_in_fp32_too():
     networks = [stack(nn.Conv2d(8, 8, 3, groups=8)) for _ in range(4)]
     bf16 = learned(networks.pop())
     for network in networks:
-        keep_depthwise_in_fp32(network, BF16, CPU)
-    assert recompute_blocks(networks[1]) == 2
+        shape_network(network, BF16.model_copy(update={"checkpointing": network is networks[1]}), CPU)
+    assert all("forward" in vars(block) for block in networks[1])
     networks[2].compile(backend="eager", fullgraph=True)
     (out, gradients), *others = map(learned, networks)
     assert not torch.equal(out, bf16[0])  # so that what follows says something

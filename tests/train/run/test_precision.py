@@ -149,7 +149,7 @@ def test_plans_count_auto_as_bf16(tmp_path, capsys):
 
 
 def test_a_run_writes_what_it_took_and_goes_on_with_it(runs):
-    settings = {"engine__precision": "auto", "eval": "off", "train__distill_steps": 0, "checkpoint__every": 1}
+    settings = {"engine__precision": "auto", "eval": "off", "model__prior": "false", "checkpoint__every": 1}
     out, _ = runs.run("auto", train__steps=1, **settings)
     (taken, fp32, bf16) = re.search(
         r"auto: (\w+) \(measured: .* takes (\S+) s in fp32, (\S+) s in bf16\)", out

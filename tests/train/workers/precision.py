@@ -146,7 +146,8 @@ def depthwise(engine: Engine, stage: int) -> dict:
             step(engine, number)
     finally:
         F.conv2d = plain
-    weights = torch.cat([value.flatten() for value in masters(engine).values()])
+    whole = masters(engine) if stage else dict(engine.module.named_parameters())
+    weights = torch.cat([value.detach().flatten() for value in whole.values()])
     return {name: sorted(types) for name, types in given.items()} | {"weights": weights.tolist()}
 
 
