@@ -62,8 +62,10 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     from train.checkpoint.plug import plug_in, with_plugged
     from train.config.networks import build_model
     from train.engine.engine import Engine
+    from train.log import log
     from train.plan.dry_run import dry_run
     from train.run.bad_steps import BadSteps
+    from train.run.precision import choose_precision
     from train.run.schedule import evaluation_due
     from train.run.session import Session
     from train.run.step import training_step
@@ -79,11 +81,14 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     if args.ranks is not None:
         raise ValueError("--ranks plans a --dry-run; the launcher decides how many ranks a run has")
 
+    config, chosen = choose_precision(config, args.resume)
     engine = Engine(config)
     extend = args.extend is not None
     with Session(config, engine, stop, resume=args.resume, init=args.init, extend=extend) as run:
         if config.engine.health_check:
             check_health(engine)
+        if chosen:
+            log.info(chosen)
         step, steps = run.step, config.train.steps
         stop.begin(step)
         run.catch_up()

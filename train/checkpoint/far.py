@@ -133,6 +133,14 @@ class FarFolder:
             raise ValueError(f"{self.url}: no checkpoint arrived whole ({problems[0]})")
         return None
 
+    def newest_file(self, name: str) -> str | None:
+        """A small text file of the newest whole copy that has it, None where there is none."""
+        for step in reversed(persistently(self.steps)):
+            folder = f"step-{step:08d}"
+            if name in (persistently(partial(self.manifest, folder)) or {}):
+                return persistently(partial(self.fs.cat_file, f"{self.folder(folder)}/{name}")).decode()
+        return None
+
     def _fetch_best(self, checkpoints: Checkpoints) -> None:
         """The best copy and the pointer to it; a run goes on without."""
         try:

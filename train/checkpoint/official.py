@@ -64,8 +64,8 @@ def read_official(file: Path) -> dict[str, torch.Tensor]:
         kind = re.search(r"[Uu]nsupported (?:global|class|operand)[^\w]*(?:GLOBAL )?([\w.]+)", str(error))
         raise ValueError(
             f"{file}: is no plain checkpoint: it is damaged, or holds objects beside tensors, which are not loaded "
-            f"because they may run code ({kind[1] if kind else 'pickled objects'}): save its state dict alone where you "
-            "trust it"
+            f"because they may run code ({kind[1] if kind else 'pickled objects'}): save its state dict alone "
+            "where you trust it"
         ) from error
     except Exception as error:  # damaged files raise from an open-ended family
         raise ValueError(f"{file}: is damaged or no checkpoint ({_line(error)})") from error
@@ -94,15 +94,8 @@ def harmless() -> list[Any]:
         for core in ("core", "_core")
     ]
     dtypes = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "b1", "S1", "U1")]
-    return [
-        argparse.Namespace,
-        np.dtype,
-        np.ndarray,
-        *numpy_names,
-        *dtypes,
-        collections.OrderedDict,
-        collections.defaultdict,
-    ]
+    plain = [int, float, str, list, dict, set, collections.OrderedDict, argparse.Namespace]
+    return [*plain, np.dtype, np.ndarray, *numpy_names, *dtypes]
 
 
 def _line(error: Exception) -> str:

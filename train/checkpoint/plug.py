@@ -105,9 +105,7 @@ def _prior_settings(mine: ModelConfig, theirs: ModelConfig, path: str, asked: Se
     shapes = _shape(mine if "teacher" in given else mine.model_copy(update={"teacher": theirs.teacher}))
     told = {"levels": "levels" in given, "teacher": "teacher" in given}
     told |= {f"student.{key}": "student" in given and key in given_student for key in SHAPING}
-    by_hand = (
-        told if asked is None else {key for key in told if any(f"model.{key}.".startswith(f"{a}.") for a in asked)}
-    )
+    by_hand = {key for key in told if asked is None or any(f"model.{key}.".startswith(f"{a}.") for a in asked)}
     for key in (key for key, is_given in told.items() if is_given and shapes[key] != wanted[key]):
         if key in by_hand:
             raise ValueError(

@@ -150,7 +150,10 @@ def kernels(
     from train.plan.kernels import kernel_cases
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cases = kernel_cases(_plugged(config, overrides), ranks, where)
+    run = _plugged(config, overrides)
+    if run.engine.precision == "auto":
+        typer.echo("engine.precision auto: listed as bf16", err=True)
+    cases = kernel_cases(run, ranks, where)
     print(json.dumps([case_to_json(case) for case in cases]))
 
 

@@ -1,4 +1,4 @@
-"""How the trained network is run: recomputed blocks, channels last, torch.compile. What it computes stays the same."""
+"""How the trained network is run: depthwise convolutions' type, recomputed blocks, channels last, torch.compile."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from train.config.schema import EngineSection
+from train.engine.precision import keep_depthwise_in_fp32
 
 
 def shape_network(module: nn.Module, engine: EngineSection, device: torch.device) -> None:
-    """Apply `checkpointing`, `channels_last` and `compile` to a module in place; parameters and their names stay."""
+    """Apply `checkpointing`, `channels_last`, `compile`, and on a CPU what bf16 leaves in fp32, to a module in place;
+    parameters and their names stay."""
+    keep_depthwise_in_fp32(module, engine, device)
     if engine.checkpointing:
         recompute_blocks(module)
     if device.type == "cuda" if engine.channels_last == "auto" else engine.channels_last:

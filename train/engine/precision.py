@@ -9,11 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.config.schema import EngineSection
+from train.config.schema import Config, EngineSection
 
 # Dtype of matrix products and convolutions. `bf16` leaves parameters in fp32; the other two store them in 16 bits.
 COMPUTE = {"bf16": torch.bfloat16, "bf16_params": torch.bfloat16, "fp16": torch.float16}
 SIXTEEN_BIT_PARAMETERS = ("bf16_params", "fp16")
+
+
+def planned(config: Config) -> Config:
+    """The configuration with `engine.precision` auto as bf16, which a GPU takes: what a plan reckons with."""
+    return with_precision(config, "bf16") if config.engine.precision == "auto" else config
+
+
+def with_precision(config: Config, precision: str) -> Config:
+    """The configuration with another `engine.precision`."""
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"precision": precision})})
 
 
 def precision_settings(engine: EngineSection) -> dict[str, Any]:
@@ -40,7 +50,9 @@ def autocast(engine: EngineSection, device: torch.device) -> contextlib.Abstract
 
 
 def refuse_precision(engine: EngineSection, device: torch.device) -> None:
-    """ValueError where the device cannot compute in the run's precision."""
+    """ValueError where the device cannot compute in the run's precision, or nobody has chosen one."""
+    if engine.precision == "auto":
+        raise ValueError("engine.precision auto: choose first (train/run/precision.py), or set fp32 or bf16")
     if engine.precision == "fp16":
         from deepspeed.accelerator import get_accelerator
 
@@ -72,6 +84,33 @@ def use_sixteen_bit_parameters(module: nn.Module, engine: EngineSection, device:
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.__class__ = type(f"Wide{type(part).__name__}", (_WideBatchNorm, type(part)), {})
+
+
+def keep_depthwise_in_fp32(module: nn.Module, engine: EngineSection, device: torch.device) -> int:
+    """Under bf16 on a CPU, have depthwise convolutions compute in fp32, and give bf16 as before; returns their number.
+
+    Their bf16 backward pass is slow there, with AMX too (docs/LOG.md). Weights, gradients and names stay: the modules
+    keep their class, by which DeepSpeed chooses the type that gradients travel in, and our folding its pairs.
+    """
+    if engine.precision != "bf16" or device.type != "cpu":
+        return 0
+    found = [part for part in module.modules() if isinstance(part, nn.Conv2d) and _depthwise(part)]
+    for part in found:
+        part.forward = functools.partial(_in_fp32, part.forward)
+    return len(found)
+
+
+def _depthwise(convolution: nn.Conv2d) -> bool:
+    return convolution.groups == convolution.in_channels > 1
+
+
+def _in_fp32(plain: Any, image: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return plain(image)
+    dtype = torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False):
+        result = plain(image.float())
+    return result.to(dtype)  # else all that follows, and what is kept for the backward pass, would be wide as well
 
 
 class _WideBatchNorm:

@@ -15,6 +15,7 @@ from data.stream.validation import validation_count, validation_pairs
 from train.checkpoint.saved import describe, load_model, loss_state
 from train.config.identity import git_commit
 from train.config.sources import data_sources, open_set
+from train.engine.precision import keep_depthwise_in_fp32
 from train.evaluate.report import draw_panel, tier_lines, write_report
 from train.evaluate.scores import VALIDATION_SEED, evaluate_pairs, panel_numbers
 from train.objective.task import DeblurTask
@@ -50,6 +51,7 @@ def evaluate_saved(
         task = DeblurTask(config, device)
         task.load_state_dict(measured)
     bf16 = config.engine.precision == "bf16"
+    keep_depthwise_in_fp32(network, config.engine, device)
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     with Progress(console=console, transient=True) as bar, autocast:
         row = bar.add_task("restoring", total=validation_count(val_set, TIERS, crops))

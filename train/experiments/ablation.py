@@ -83,6 +83,8 @@ def _result(path: str, settings: list[str]) -> dict:
     config = load_config(path, settings)
     if not config.model.prior:
         raise ValueError(f"{path}: model.prior is false: there is nothing to compare")
+    if config.engine.precision == "auto":
+        raise ValueError(f"{path}: engine.precision auto may choose otherwise in each run: set fp32 or bf16")
     if not config.eval.enabled:
         raise ValueError(f"{path}: eval is off: there is nothing to compare by")
     folder = RunFolder.of(config)

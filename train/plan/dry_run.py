@@ -20,6 +20,7 @@ from train.config.patches import check_crops_fit, dearest, in_phase, pairs_befor
 from train.config.schema import Config
 from train.config.sources import data_sources, open_sets, pair_loader
 from train.engine.launch import world_size
+from train.engine.precision import planned
 from train.engine.settings import deepspeed_settings
 from train.objective.task import DeblurTask
 from train.plan.memory import memory_per_rank
@@ -31,6 +32,9 @@ def dry_run(config: Config, ranks: int | None) -> None:
     """Print parameters, MACs, memory per rank, steps and the plan's first batches. ValueError on what would stop a run
     of `ranks` (default: the launcher's number) ranks, but for a run folder that exists, which is only said."""
     console = Console(width=None if Console().is_terminal else 200)
+    if config.engine.precision == "auto":
+        console.print("engine.precision auto: counted as bf16, a GPU's; on a CPU one rank measures, several take fp32")
+        config = planned(config)
     world = world_size() if ranks is None else ranks
     if world < 1:
         raise ValueError(f"--ranks {world}: at least 1")

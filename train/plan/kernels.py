@@ -13,15 +13,16 @@ from kernels.routes import Case, record
 from train.config.networks import build_model
 from train.config.schema import Config
 from train.engine.network import shape_network
-from train.engine.precision import COMPUTE, SIXTEEN_BIT_PARAMETERS, use_sixteen_bit_parameters
+from train.engine.precision import COMPUTE, SIXTEEN_BIT_PARAMETERS, planned, use_sixteen_bit_parameters
 
 
 def kernel_cases(config: Config, world: int, device: str) -> list[Case]:
     """Cases of a training micro-batch of one of `world` ranks, and of an evaluation's crop, in the run's precision and
-    layout; none without a prior. device: cpu or cuda, whose layouts and autocast differ.
+    layout (auto counts as bf16); none without a prior. device: cpu or cuda, whose layouts and autocast differ.
 
     ValueError where `world` does not divide the batch, or the device is another or needs a GPU for its autocast.
     """
+    config = planned(config)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r}: kernel calls are listed for cpu or cuda")
     if device == "cuda" and config.engine.precision in COMPUTE and not torch.cuda.is_available():

@@ -14,6 +14,7 @@ from train.config.networks import build_model
 from train.config.patches import dearest, in_phase, pairs_before
 from train.config.schema import Config
 from train.config.sources import open_sets
+from train.engine.precision import planned
 from train.objective.task import check_loss
 from train.plan.cost import (
     SPREAD,
@@ -72,7 +73,8 @@ def allowed_stages(config: Config) -> list[int]:
 def print_plan(config: Config, cluster: Cluster, console: Console) -> None:
     """Print the plan of a configuration on a cluster."""
     check_loss(config)
-    config = _divisible(config, cluster, console)
+    precision = "bf16 (auto)" if config.engine.precision == "auto" else config.engine.precision
+    config = _divisible(planned(config), cluster, console)
     pairs = pairs_before(config, config.train.steps)
     if config.train.progressive:
         phase = dearest(config)
@@ -86,7 +88,7 @@ def print_plan(config: Config, cluster: Cluster, console: Console) -> None:
     micro = config.micro_batch(cluster.world)
     console.print(
         f"{cluster.nodes} nodes × {cluster.gpus} GPUs = {cluster.world} ranks; {config.train.batch} pairs a step = "
-        f"{cluster.world} × {config.train.accumulation} accumulation × {micro}; {config.engine.precision}"
+        f"{cluster.world} × {config.train.accumulation} accumulation × {micro}; {precision}"
     )
     _print_stages(console, cluster, stages, config.engine.zero)
     _print_advice(console, cluster, stages, config)

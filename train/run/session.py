@@ -202,8 +202,8 @@ class Session:
         log.info("%d trained parameters, %s, ZeRO %d, %s", trained, where, config.engine.zero, config.engine.precision)
         share, batch = config.micro_batch(engine.world), config.train.batch
         log.info(
-            "a step: %d pairs over all ranks, whatever their number (%d ranks × %d accumulation × %d); the learning rate "
-            "is that of the whole step", batch, engine.world, config.train.accumulation, share,
+            "a step: %d pairs over all ranks, whatever their number (%d ranks × %d accumulation × %d); the learning "
+            "rate belongs to it", batch, engine.world, config.train.accumulation, share,
         )  # fmt: skip
         self.step, self._stage = 0, ""
         self.evaluation: Evaluation | None = None

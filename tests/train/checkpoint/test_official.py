@@ -1,7 +1,6 @@
 """Official checkpoints become models: every wrapper, and nothing that is wrong, torn or hostile."""
 
 import argparse
-import collections
 import os
 import pickle
 
@@ -49,7 +48,6 @@ WRAPPED = {
         "opt": argparse.Namespace(lr=1e-4, sizes=[1]),
         "best": np.float64(32.7),
         "curve": np.arange(3.0),
-        "more": collections.defaultdict(int, a=1),
     },
     "nested": lambda state: {"model": {"state_dict": _module(state)}},
 }

@@ -171,3 +171,11 @@ def test_a_backbone_of_another_run_comes_with_its_settings_and_without_its_embed
         plugged(f"model.backbone_from={checkpoint}", f"model.backbone={OTHERS[0]}")
     with pytest.raises(ValueError, match="holds no backbone"):
         plugged(f"model.backbone_from={artefact}", "model.backbone={name: unet, width: 8, blocks: [1, 1]}")
+
+
+def test_settings_of_a_file_give_way_to_the_priors_and_those_set_by_hand_do_not(artefact):
+    file = ["model.student.width=48", f"model.prior_from={artefact}"]
+    config = with_plugged(configure([SMALL_SPE, *map(str, file)]), asked=["model.spe.dim"])
+    assert config.model.student.width == 16
+    with pytest.raises(ValueError, match=r"its prior has student\.width 16, and model.student.width is 48 here"):
+        with_plugged(configure([SMALL_SPE, *map(str, file)]), asked=["model.student.width"])

@@ -1,4 +1,4 @@
-"""16-bit parameters: what is averaged, what an overflow does, and what is refused."""
+"""16-bit arithmetic: what is averaged, what an overflow does, what stays in fp32, and what is refused."""
 
 import json
 import os
@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 from train.config.file import load_config
 from train.config.schema import Config
-from train.engine.precision import refuse_precision, use_sixteen_bit_parameters
+from train.engine.network import shape_network
+from train.engine.precision import keep_depthwise_in_fp32, refuse_precision, use_sixteen_bit_parameters
 from train.engine.settings import deepspeed_settings
 
+CPU, BF16 = torch.device("cpu"), Config(engine={"precision": "bf16"}).engine
 WORKER = Path(__file__).parents[1] / "workers" / "precision.py"
 
 
@@ -128,3 +130,98 @@ def test_batch_norm_takes_16_bit_scales_beside_fp32_statistics_and_nobody_elses_
     assert dict(network.named_parameters())["0.weight"].grad.dtype == torch.bfloat16
     assert list(network.state_dict()) == names
     assert F.batch_norm is torch_own
+
+
+# -- depthwise convolutions under bf16 on a CPU -----------------------------------------------------------------------
+
+
+def stack(depthwise: nn.Module) -> nn.Sequential:
+    """Blocks around a depthwise convolution of 8 channels, weights of a fixed seed."""
+    layers = [nn.Sequential(nn.Conv2d(3, 8, 1), depthwise), nn.Sequential(nn.GELU(), nn.Conv2d(8, 3, 1), nn.PReLU())]
+    for layer in layers:
+        layer.recompute = True
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (network := nn.Sequential(*layers)).parameters():
+            parameter.normal_(std=0.5, generator=generator)
+    return network
+
+
+def learned(network: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Output under bf16 autocast, and all gradients."""
+    x = torch.rand(2, 3, 9, 11, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(x)
+    out.float().square().mean().backward()
+    return out, [parameter.grad for parameter in network.parameters()]
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, Conv2dSame])
+def test_a_depthwise_convolution_computes_in_fp32_and_gives_bf16(kind):
+    network = stack(kind(8, 8, 3, padding=1, stride=2, groups=8))
+    names, kinds = list(network.state_dict()), [type(module) for module in network.modules()]
+    assert keep_depthwise_in_fp32(network, BF16, CPU) == 1
+    assert (list(network.state_dict()), [type(module) for module in network.modules()]) == (names, kinds)
+    depthwise, seen = network[0][1], []
+    depthwise.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].detach(), output)))
+    depthwise.register_full_backward_hook(lambda _, into, out: seen.append((into[0], out[0])))
+    learned(network)
+    (image, output), (into, gradient) = seen
+    assert image.dtype == output.dtype == into.dtype == gradient.dtype == torch.bfloat16
+    plain = kind(8, 8, 3, padding=1, stride=2, groups=8)
+    plain.load_state_dict(depthwise.state_dict())
+    wide = image.float().requires_grad_()
+    expected = plain(wide)
+    assert torch.equal(output, expected.bfloat16())
+    expected.backward(gradient.float())
+    assert torch.equal(into, wide.grad.bfloat16())
+    assert depthwise.weight.grad.dtype == torch.float32
+    assert torch.equal(depthwise.weight.grad, plain.weight.grad)
+
+
+def test_recomputed_blocks_and_compiled_ones_keep_it_in_fp32_too():
+    networks = [stack(nn.Conv2d(8, 8, 3, groups=8)) for _ in range(4)]
+    bf16 = learned(networks.pop())
+    for network in networks:
+        shape_network(network, BF16.model_copy(update={"checkpointing": network is networks[1]}), CPU)
+    assert all("forward" in vars(block) for block in networks[1])
+    networks[2].compile(backend="eager", fullgraph=True)
+    (out, gradients), *others = map(learned, networks)
+    assert not torch.equal(out, bf16[0])  # so that what follows says something
+    for found, found_gradients in others:
+        assert torch.equal(found, out)
+        assert all(map(torch.equal, found_gradients, gradients))
+
+
+def test_the_average_and_the_evaluation_without_autocast_are_as_they_were():
+    network, x = stack(nn.Conv2d(8, 8, 3, groups=8)), torch.rand(1, 3, 8, 8)
+    expected = network(x)
+    keep_depthwise_in_fp32(network, BF16, CPU)
+    assert torch.equal(network(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "convolution"),
+    [
+        ("bf16", "cuda", nn.Conv2d(8, 8, 3, groups=8)),
+        ("fp32", "cpu", nn.Conv2d(8, 8, 3, groups=8)),
+        ("bf16_params", "cpu", nn.Conv2d(8, 8, 3, groups=8)),
+        ("bf16", "cpu", nn.Conv2d(8, 8, 3, groups=2)),
+        ("bf16", "cpu", nn.Conv2d(1, 8, 3)),
+    ],
+)
+def test_nothing_else_changes(precision, device, convolution):
+    engine = Config(engine={"precision": precision, "zero": 1}).engine
+    assert keep_depthwise_in_fp32(convolution, engine, torch.device(device)) == 0
+    assert "forward" not in vars(convolution)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_has_depthwise_convolutions_in_fp32_and_comes_to_the_same_weights(found, stage):
+    result, reference = found[f"depthwise/{stage}"], found["depthwise/0"]
+    assert result["depthwise"] == ["torch.float32"]
+    assert result["others"] == ["torch.bfloat16"]
+    weights, expected = torch.tensor(result["weights"]), torch.tensor(reference["weights"])
+    # Two steps of 1e-3 a weight; where a gradient is near 0 the reduction in bf16 may turn its sign.
+    assert (weights - expected).abs().max() < 5e-3
+    assert (weights - expected).abs().mean() < 2e-4

@@ -1,4 +1,4 @@
-"""One rank of test_precision: small networks with 16-bit parameters under ZeRO 1-3; rank 0 prints what was found."""
+"""One rank of test_precision: small networks in bf16 and with 16-bit parameters; rank 0 prints what was found."""
 
 import json
 import sys
@@ -7,13 +7,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from train.config.schema import Config
 from train.engine.average import Ema
 from train.engine.engine import Engine
 from train.engine.launch import world_size
-from train.engine.precision import use_sixteen_bit_parameters
+from train.engine.precision import keep_depthwise_in_fp32, use_sixteen_bit_parameters
 from train.engine.settings import deepspeed_settings, parameter_groups
 
 DECAY = 0.9
@@ -33,18 +34,31 @@ class Network(nn.Module):
         return self.out(self.norm(self.prior(x)).tanh()).flatten(1).mean(1)
 
 
-def make(engine: Engine, precision: str, stage: int, **deepspeed_more) -> None:
+class Depthwise(nn.Module):
+    """A depthwise convolution between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.depthwise = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6)
+        self.out = nn.Conv2d(6, 1, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.depthwise(self.enter(x)).tanh()).flatten(1).mean(1)
+
+
+def make(engine: Engine, precision: str, stage: int, kind: type[nn.Module] = Network, **deepspeed_more) -> None:
     """Put a fresh network under DeepSpeed into the engine."""
     import deepspeed
 
     torch.manual_seed(0)
-    network = Network()
+    network = kind()
     given = {"zero": stage, "precision": precision, "deepspeed": deepspeed_more}
     engine.config = Config(engine=given, train={"batch": 2}, optim={"clip": 0})
     settings = deepspeed_settings(engine.config, world_size()) | {"zero_allow_untested_optimizer": True}
     if stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     use_sixteen_bit_parameters(network, engine.config.engine, engine.device)
+    keep_depthwise_in_fp32(network, engine.config.engine, engine.device)
     optimizer = torch.optim.AdamW(parameter_groups(network, engine.config), lr=1e-3, betas=(0.9, 0.9))
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
@@ -116,9 +130,31 @@ def overflow(engine: Engine, stage: int) -> list:
     return found
 
 
+def depthwise(engine: Engine, stage: int) -> dict:
+    """Types of the images that convolutions were given in two steps of bf16, and the weights afterwards."""
+    make(engine, "bf16", stage, Depthwise)
+    plain, given = F.conv2d, {"depthwise": set(), "others": set()}
+
+    def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        given["others" if groups == 1 else "depthwise"].add(str(dtype))
+        return plain(x, weight, bias, stride, padding, dilation, groups)
+
+    F.conv2d = conv2d
+    try:
+        for number in range(2):
+            step(engine, number)
+    finally:
+        F.conv2d = plain
+    whole = masters(engine) if stage else dict(engine.module.named_parameters())
+    weights = torch.cat([value.detach().flatten() for value in whole.values()])
+    return {name: sorted(types) for name, types in given.items()} | {"weights": weights.tolist()}
+
+
 if __name__ == "__main__":
     engine = Engine(Config(engine={"cpu_threads": 1}, train={"batch": 2}))
     found = {f"averages/{stage}": averages(engine, stage) for stage in (1, 2, 3)}
     found |= {f"overflow/{stage}": engine.gather(overflow(engine, stage)) for stage in (1, 2, 3)}
+    found |= {f"depthwise/{stage}": depthwise(engine, stage) for stage in (0, 1, 2, 3)}
     if engine.main:
         print(json.dumps(found))
