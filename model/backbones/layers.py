@@ -14,7 +14,8 @@ class LayerNorm2d(nn.Module):
 
     x̂ = (x − mean) / √(variance + eps) over C (variance divided by C), times weight [C], plus bias [C]; statistics are
     fp32 whatever the dtype of x. The backward pass keeps x and two numbers a pixel; written out in autograd's own
-    operations it keeps three maps of x's size, which was most of NAFNet's memory.
+    operations it keeps three maps of x's size, which was most of NAFNet's memory. Differentiable once where x is not
+    channels last.
     """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
