@@ -1,8 +1,8 @@
 """One case on one route, in this process: right or wrong, repeatable, how fast. `kernels.check` runs this elsewhere.
 
 The rule: an error against fp64, largest and root mean square, may be twice that of the composed form in the same dtype
-plus twice the dtype's epsilon of the result's own size (parameters: `_own_errors`); both Triton routes must repeat bit for bit, write every element
-of their results and none beside them, and leave their inputs alone.
+plus twice the dtype's epsilon of the result's own size (parameters: `_own_errors`); both Triton routes must repeat bit
+for bit, write every element of their results and none beside them, and leave their inputs alone.
 """
 
 from __future__ import annotations
