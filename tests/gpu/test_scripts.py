@@ -1,4 +1,4 @@
-"""The scripts for a GPU, as far as a CPU can tell: they call what the kernels are today, and their runs are possible."""
+"""The scripts for a GPU, as far as a CPU can tell: they call today's kernels, and their runs are possible."""
 
 import json
 import os
@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from kernels.runtime import INTERPRETING, TRITON_INSTALLED
-from tests.gpu.rows import ROOT
+from tests.gpu import one_check
+from tests.gpu.rows import ROOT, Rows
 from tests.gpu.two_sweep import DRY_SHAPES, PASSES, STEPS, settings
 from train.config.file import load_config
 
@@ -34,6 +35,17 @@ def test_the_steps_are_of_runs_that_are_possible(backbone, batch, graphs, ways):
         assert (config.model.prior, config.student_rests) == (way != "bare", way == "frozen")
         assert not config.kernels.check
         assert config.engine.graphs == graphs
+
+
+def test_cases_past_the_deadline_are_not_called_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["one_check", "--dry", "--out", str(tmp_path)])
+    rows = Rows("one_check", "doc")
+    one_check.cases(rows, seconds=1.0)
+    monkeypatch.setattr(one_check, "process", lambda *_, **__: (124, "the time was up"))
+    one_check.cases(rows, seconds=100.0)
+    found = [json.loads(line) for line in (tmp_path / "one_check.jsonl").read_text().splitlines()]
+    assert {row["right"] for row in found} == {None}
+    assert [row["why"] for row in found] == ["not run"] * 2 + ["not finished"] * 2
 
 
 def test_a_training_that_fails_says_why(tmp_path):
