@@ -53,13 +53,15 @@ class WrongKernelsError(ValueError):
 
 @dataclass(frozen=True)
 class Decision:
-    """The route of a group of cases. route None: no route is right. wrong: (case, why) of the launch table. ms: of all
-    the group's cases by the launch table and by the route, where both were timed."""
+    """The route of a group of cases. route None: no route is right. wrong: (case, why) of the launch table. trouble:
+    none of that says anything of the kernel (a GPU that others hold, no memory left). ms: of all the group's cases by
+    the launch table and by the route, where both were timed."""
 
     cases: tuple[Case, ...]
     route: str | None
     wrong: tuple[tuple[Case, str], ...] = ()
     ms: tuple[float, float] | None = None
+    trouble: bool = False
 
     @property
     def line(self) -> str:
@@ -68,7 +70,8 @@ class Decision:
             case, why = self.wrong[0]
             more = f" (and {len(self.wrong) - 1} more)" if len(self.wrong) > 1 else ""
             runs = "nothing else is right" if self.route is None else f"{self.route} runs instead"
-            return f"KERNELS WRONG ON THIS MACHINE: {case}{more}: {DEFAULT}: {why}; {runs}"
+            said = "COULD NOT BE CHECKED" if self.trouble else "WRONG"
+            return f"KERNELS {said} ON THIS MACHINE: {case}{more}: {DEFAULT}: {why}; {runs}"
         if self.route != DEFAULT and self.ms is not None:
             return f"kernels: {self.cases[0]}: {self.route} runs, {self.ms[1]:.2f} ms instead of {self.ms[0]:.2f}"
         return ""
@@ -81,6 +84,7 @@ def check(
     strict: bool = False,
     budget_s: float = BUDGET_S,
     search: bool = True,
+    replayed: bool = True,
     limit_s: float = 240.0,
     again: bool = False,
     tell: Callable[[str], None] = print,
@@ -90,8 +94,9 @@ def check(
     """Judge what is not yet known of the cases, and decide the route of each group.
 
     The launch table is always judged, and where it is wrong every other route. On a GPU something faster is looked for
-    too: no case of that begins after `budget_s` seconds, and without `search` none where all cases were known.
+    too with `search`: no case of that begins after `budget_s` seconds. What is known to be faster is taken either way.
 
+    replayed: the calls will be replayed as CUDA graphs, so the GPU's time decides and not the gaps between launches.
     tell: takes lines for people. on_result: called with every finding, the known ones first. alive: called every
     second. again: nothing is known. limit_s: of one case, compilation included. Raises WrongKernelsError where no route
     of a group is right, and with `strict` where the launch table is not.
@@ -115,7 +120,6 @@ def check(
             verdict.add(case, route, result)
             on_result(case, route, result)
 
-    search = search or any(DEFAULT not in verdict.results.get(case, {}) for case in cases)
     run(DEFAULT, cases)
     failing = {case.group for case in cases if not verdict.results[case][DEFAULT]["right"]}
     for route in ROUTES[1:]:
@@ -125,7 +129,7 @@ def check(
         deadline = time.monotonic() + budget_s
         for route in ("composed", "compiled"):
             run(route, [case for case in cases if case.group not in failing], deadline)
-    decisions = decide(cases, verdict.results)
+    decisions = decide(cases, verdict.results, replayed=replayed)
     for each in decisions:
         if each.line and not (strict and each.wrong) and each.route is not None:
             tell(each.line)
@@ -145,9 +149,10 @@ def _fused(table: dict) -> list[dict]:
     return [rows for (kernel, _), rows in table.items() if kernel in ("gram", "gradient")]
 
 
-def decide(cases: Iterable[Case], results: Results) -> list[Decision]:
+def decide(cases: Iterable[Case], results: Results, *, replayed: bool = True) -> list[Decision]:
     """The route of each group: the launch table where it is right and nothing is clearly faster, else the fastest right
-    one (by the sum of its cases; in the order of ROUTES where they were not timed)."""
+    one (by the sum of its cases; in the order of ROUTES where they were not timed). The composed form where nothing
+    could be checked. replayed: by the time of CUDA graphs, where all right routes have it."""
     groups: dict[tuple, list[Case]] = {}
     for case in cases:
         groups.setdefault(case.group, []).append(case)
@@ -155,13 +160,18 @@ def decide(cases: Iterable[Case], results: Results) -> list[Decision]:
     for members in groups.values():
         found = {route: [results.get(case, {}).get(route, {}) for case in members] for route in ROUTES}
         right = [route for route in ROUTES if all(each.get("right") for each in found[route])]
-        ms = {r: sum(e["ms"] for e in found[r]) for r in right if all("ms" in e for e in found[r])}
+        timed = [r for r in right if all("ms" in e for e in found[r])]
+        kind = "gpu_ms" if replayed and all("gpu_ms" in e for r in timed for e in found[r]) else "ms"
+        ms = {r: sum(e[kind] for e in found[r]) for r in timed}
         wrong = tuple(
             (case, each["why"]) for case, each in zip(members, found[DEFAULT], strict=True) if not each["right"]
         )
         if wrong:
+            passing = {r: all(e.get("right") or e.get("passing") for e in found[r] if e) for r in ROUTES}
             route = min(right, key=lambda r: ms.get(r, float("inf")), default=None)
-            decisions.append(Decision(tuple(members), route, wrong))
+            if route is None and all(passing.values()):
+                route = "composed"  # plain PyTorch, against which nothing was found
+            decisions.append(Decision(tuple(members), route, wrong, trouble=passing[DEFAULT]))
             continue
         peak = {r: max(e.get("mib", float("inf")) for e in found[r]) for r in ms}
         small = [r for r in ms if r == DEFAULT or peak[r] <= peak[DEFAULT] + EXTRA_MIB]
@@ -184,7 +194,7 @@ def refuse(decisions: Sequence[Decision], *, strict: bool) -> None:
         if strict and each.wrong:
             raise WrongKernelsError(
                 f"{each.line.replace('runs instead', 'would run instead')}, which kernels.strict forbids: set it to "
-                "false, or update Triton or the driver"
+                f"false, or {'free the GPU' if each.trouble else 'update Triton or the driver'}"
             )
 
 
@@ -257,6 +267,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="refuse to replace a wrong launch")
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="for what may be faster")
     parser.add_argument("--limit", type=float, default=240.0, metavar="SECONDS", help="for one case, then it hangs")
+    parser.add_argument("--eager", action="store_true", help="of a run without CUDA graphs: launch gaps count")
     parser.add_argument("--again", action="store_true", help="use no findings of earlier calls")
     return parser.parse_args(given)
 
@@ -291,11 +302,12 @@ def main(given: list[str] | None = None) -> int:
     def show(case: Case, route: str, result: dict[str, Any]) -> None:
         rows.append({"case": case_to_json(case), "route": route} | result)
         timing = f" {result['ms']:.3f} ms {result['mib']:.0f} MiB" if "ms" in result else ""
+        timing += f" ({result['gpu_ms']:.3f} ms replayed)" if "gpu_ms" in result else ""
         verdict = "right" if result["right"] else f"WRONG: {result['why']}"
         print(f"{case}: {route}: {verdict}{timing}", flush=True)
         write()
 
-    options = {"budget_s": args.budget, "limit_s": args.limit, "again": args.again}
+    options = {"budget_s": args.budget, "limit_s": args.limit, "again": args.again, "replayed": not args.eager}
     try:
         decisions = check(
             cases, device, strict=args.strict, on_result=show, tell=lambda line: print(line, flush=True), **options

@@ -1,8 +1,8 @@
 """What was found right and wrong on this kind of machine, kept in the user's cache folder, one file a kind.
 
-The kind is the GPU, its driver, Triton, torch and the source of this package: a change of any is another file, and
-everything is checked anew. A file is replaced whole; two processes that write at once may lose a finding, which is then
-made again.
+The kind is the GPU, its driver, Triton, torch, the source of this package and what the environment tells compilers: a
+change of any is another file, and everything is checked anew. A file is replaced whole; two processes that write at
+once may lose a finding, which is then made again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,8 @@ from kernels.routes import ROUTES, Case, case_from_json, case_to_json
 
 Results = dict[Case, dict[str, dict[str, Any]]]
 """Case → route → what `kernels.judge` said."""
+# Other code or other arithmetic of the same source.
+SETTINGS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_DEFAULT_FP_FUSION", "NVIDIA_TF32_OVERRIDE")
 
 
 def machine(device: torch.device, preload: str | None = None) -> dict[str, str]:
@@ -32,6 +35,7 @@ def machine(device: torch.device, preload: str | None = None) -> dict[str, str]:
         triton = "none"
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     kind = {"gpu": gpu, "driver": _driver(device), "triton": triton, "torch": torch.__version__, "source": _source()}
+    kind["environment"] = " ".join(f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ)
     return kind | ({"preload": preload} if preload else {})
 
 
@@ -56,7 +60,7 @@ def _source() -> str:
 
 
 def cache_folder() -> Path:
-    """`sharpprior/kernels` below XDG_CACHE_HOME, or below ~/.cache."""
+    """`sharpprior/kernels` below XDG_CACHE_HOME, or below ~/.cache; RuntimeError where nobody knows a home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sharpprior" / "kernels"
 
 
@@ -66,8 +70,13 @@ class Verdict:
     def __init__(self, kind: dict[str, str], tell: Callable[[str], None], *, again: bool = False) -> None:
         self._kind, self._tell, self._writable = kind, tell, True
         name = re.sub(r"[^A-Za-z0-9]+", "-", kind["gpu"]).strip("-")
-        self.path = cache_folder() / f"{name}-{hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:16]}.json"
-        self.results: Results = {} if again else self._read()
+        file = f"{name}-{hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:16]}.json"
+        try:
+            self.path = cache_folder() / file
+        except RuntimeError as error:
+            self.path, self._writable = Path(file), False
+            tell(f"kernels: there is no folder for findings ({error}): the next run checks again")
+        self.results: Results = {} if again or not self._writable else self._read()
 
     def add(self, case: Case, route: str, result: dict[str, Any]) -> None:
         """Keep a finding, here and in the file."""
@@ -79,7 +88,7 @@ class Verdict:
             lasting = {route: result for route, result in found.items() if not result.get("passing")}
             kept[each] = kept.get(each, {}) | lasting
         findings = [{"case": case_to_json(case), "routes": found} for case, found in kept.items()]
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        temporary = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps({"machine": self._kind, "findings": findings}, indent=1), encoding="utf-8")
@@ -106,8 +115,7 @@ def _checked(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for route, result in found.items():
         if route not in ROUTES or type(result["right"]) is not bool:
             raise ValueError(f"finding of route {route!r}")
-        if not (result["right"] or isinstance(result["why"], str)) or not isinstance(
-            result.get("ms", 0.0), (int, float)
-        ):
+        numbers = all(isinstance(result.get(key, 0.0), (int, float)) for key in ("ms", "gpu_ms", "mib"))
+        if not (numbers and (result["right"] or isinstance(result["why"], str))):
             raise ValueError(f"finding of route {route!r}")
     return found

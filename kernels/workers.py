@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kernels.routes import Case, case_to_json
+from kernels.routes import Case, Group, case_to_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,11 +41,12 @@ FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.S
 
 
 class _DiedError(Exception):
-    """A worker that will say no more; its text says how it ended. lasting: it would do so again."""
+    """A worker that will say no more; its text says how it ended. lasting: it would do so again. hung: it took too
+    long, which on a loaded machine a first compilation may."""
 
-    def __init__(self, text: str, *, lasting: bool = False) -> None:
+    def __init__(self, text: str, *, lasting: bool = False, hung: bool = False) -> None:
         super().__init__(text)
-        self.lasting = lasting
+        self.lasting, self.hung = lasting, hung
 
 
 class _Worker:
@@ -78,9 +80,10 @@ class _Worker:
         return self._answer(self._conditions.limit_s)
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; one that a driver does not let go is left behind."""
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=10)
         for stream in (self._process.stdin, self._process.stdout, self._noise):
             try:
                 stream.close()
@@ -93,7 +96,7 @@ class _Worker:
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise _DiedError(f"timed out after {limit_s:g} s", lasting=True)
+                raise _DiedError(f"timed out after {limit_s:g} s", hung=True)
             if select.select([pipe], [], [], min(1.0, left))[0]:
                 read = os.read(pipe, 1 << 16)
                 if not read:
@@ -122,8 +125,10 @@ def judged(
     route: str, cases: Iterable[Case], conditions: Conditions, deadline: float | None = None
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
     """(case, result of `judge`) of each case on a route, as they come: in one process while they are right, the rest in
-    a fresh one after each that is wrong. No case begins after `deadline` (of time.monotonic)."""
+    a fresh one after each that is wrong. No case begins after `deadline` (of time.monotonic), and none of a group after
+    one that took too long."""
     worker: _Worker | None = None
+    hung: dict[Group, str] = {}
     broken: str | None = None
     try:
         for case in cases:
@@ -131,6 +136,9 @@ def judged(
                 return
             if broken is not None:  # the next process would not start either
                 yield case, {"right": False, "why": broken, "passing": True}
+                continue
+            if case.group in hung:
+                yield case, {"right": False, "why": f"not tried: {hung[case.group]}", "passing": True}
                 continue
             if worker is None:
                 try:
@@ -143,6 +151,8 @@ def judged(
                 result = worker.ask(case)
             except _DiedError as died:
                 result = {"right": False, "why": str(died)} | ({} if died.lasting else {"passing": True})
+                if died.hung:
+                    hung[case.group] = f"{case} {died}"
             if not result["right"]:
                 worker.close()
                 worker = None

@@ -137,7 +137,7 @@ def fused_modulation_backward(
     with device_guard(x):
         output_gradient_kernel[(groups * row_tiles * tiles_c + 2 * B * row_tiles * tiles_d,)](
             d_modulation, state, w.norm_weight, w.norm_bias, w.out, w.scale, d_attended, delta, gain, shift, units,
-            parts, channels, B, groups, C, D, S, **blocks, **scaled,
+            parts, channels, B, groups, C, D, S, **blocks, **scaled, **most_registers(),
         )  # fmt: skip
         attend_gradient_kernel[(B * heads * triton.cdiv(head_width, block_h), tiles_d, 2)](
             state, w.key, w.value, w.temperature, d_attended, delta, flow, d_cross, by_key, by_value,

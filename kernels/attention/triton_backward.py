@@ -239,12 +239,12 @@ def reduce_pass(dy: Tensor, x: Tensor, p: Tensor, mean: Tensor, rstd: Tensor) ->
     """First backward pass: gradients of gain and shift [B, 2, C, D]."""
     B, C, N = x.shape
     D, acc = p.shape[1], accumulator(x.dtype)
-    config = launch_config("reduce", C, D, x.dtype)
-    splits, steps = splits_over_pixels(N, B, config["BLOCK_N"])
-    partial = torch.empty((B, splits, 2 * C * D), dtype=acc, device=x.device)
     total = torch.empty((B, 2, C, D), dtype=acc, device=x.device)
-    grid = (B * splits, triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(D, config["BLOCK_D"]))
     with device_guard(x):
+        config = launch_config("reduce", C, D, x.dtype)
+        splits, steps = splits_over_pixels(N, B, config["BLOCK_N"])
+        partial = torch.empty((B, splits, 2 * C * D), dtype=acc, device=x.device)
+        grid = (B * splits, triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(D, config["BLOCK_D"]))
         reduce_kernel[grid](
             dy, x, p, mean, rstd, partial, N, C, D, steps, *dy.stride(), *x.stride(), *p.stride(),
             PRECISION=precision(x.dtype), **options(x.dtype, dy, x, p), **config,

@@ -227,9 +227,9 @@ def apply_pass(x: Tensor, p: Tensor, mean: Tensor, rstd: Tensor, coefficients: C
     """Second pass: y = x + z ⊙ (gain p) + shift p, written into y."""
     B, C, N = x.shape
     D, (gain, shift, units, *_) = p.shape[1], coefficients
-    config = launch_config("apply", C, D, x.dtype)
-    grid = (B * triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(C, config["BLOCK_C"]))
     with device_guard(x):
+        config = launch_config("apply", C, D, x.dtype)
+        grid = (B * triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(C, config["BLOCK_C"]))
         apply_kernel[grid](
             x, p, y, mean, rstd, gain, shift, units, N, C, D, B, *x.stride(), *p.stride(), *y.stride(),
             PRECISION=precision(x.dtype), SCALED=x.dtype == torch.float16, **options(x.dtype, x, p, y), **config,

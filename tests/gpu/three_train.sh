@@ -31,6 +31,8 @@ PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} timeout --signal=TERM --kill-after=30
 run=$root/photographs
 tar -C "$run" -czf "$out/run.tar.gz" --exclude='checkpoints' . 2>/dev/null || true
 find "$run" -name '*.safetensors' -size -16M -printf '%T@ %p\n' 2>/dev/null | sort -rn | head -n 2 | cut -d' ' -f2- |
-    while read -r file; do cp "$file" "$out/$(basename "$(dirname "$file")")-$(basename "$file")"; done
-tail -n 3 "$out/three_train.log"
+    while read -r file; do cp "$file" "$out/$(basename "$(dirname "$file")")-$(basename "$file")"; done || true
+lines=3
+[ "$status" -eq 0 ] || lines=40 # why it failed
+tail -n "$lines" "$out/three_train.log"
 echo "{\"section\": \"train\", \"status\": $status, \"seconds\": $seconds}" | tee -a "$out/three_train.jsonl"

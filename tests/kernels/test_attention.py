@@ -1,5 +1,6 @@
 """Semantic attention against its composed fp64 form: values, gradients, layouts, limits. Run in both lanes."""
 
+import contextlib
 import re
 
 import pytest
@@ -200,6 +201,36 @@ def test_64_bit_offsets_give_the_same_numbers(impl, poisoned, monkeypatch):
     wide = with_gradients(attend(impl), inputs)
     assert asked
     assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="the kernels' launches alone")
+def test_launches_are_chosen_for_the_gpu_that_holds_the_maps(monkeypatch):
+    """Launch configurations differ by architecture, so another GPU must not be current when one is chosen."""
+    import kernels.attention.triton_backward as back
+    import kernels.attention.triton_forward as front
+
+    inside = []
+
+    @contextlib.contextmanager
+    def guard(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    def guarded(plain):
+        def chosen(*arguments):
+            assert inside, f"{arguments[0]} was chosen outside"
+            return plain(*arguments)
+
+        return chosen
+
+    for module in (front, back):
+        monkeypatch.setattr(module, "device_guard", guard)
+        monkeypatch.setattr(module, "launch_config", guarded(module.launch_config))
+        monkeypatch.setattr(module, "fused", guarded(module.fused))
+    x, p, w = attention_case((1, 16, 3, 4), 16, 2)
+    leaves = [t.requires_grad_() for t in (x, p, *w)]
+    call_attention(leaves[0], leaves[1], Weights(*leaves[2:]), impl="triton").sum().backward()
 
 
 def test_small_fp16_gradients_do_not_vanish(impl):

@@ -73,9 +73,10 @@ def test_a_process_that_dies_or_hangs_is_told_apart_and_the_rest_judged(monkeypa
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("BROKEN", "die_by_width")
     cases = [AttentionCase(1, width, 2, 3, 8, 2, "float32") for width in (16, 24, 32, 40)]
+    again = AttentionCase(1, 32, 3, 3, 8, 2, "float32")  # of the group that hangs
     waited = []
     conditions = Conditions(CPU, limit_s=30.0, preload="tests.kernels.broken", alive=lambda: waited.append(1))
-    found = dict(judged("triton", cases, conditions))
+    found = dict(judged("triton", [*cases[:3], again, *cases[3:]], conditions))
     assert [found[case]["why"] for case in cases] == [
         "died by SIGSEGV",
         "died by SIGABRT",
@@ -83,7 +84,9 @@ def test_a_process_that_dies_or_hangs_is_told_apart_and_the_rest_judged(monkeypa
         None,
     ]
     assert found[cases[-1]]["right"]
-    assert not any("passing" in each for each in found.values()), "these would happen again: they are kept"
+    assert found[again]["why"] == f"not tried: {cases[2]} timed out after 30 s"
+    passing = [case for case, each in found.items() if "passing" in each]
+    assert passing == [cases[2], again], "a loaded machine may be as slow: kept for nobody; the others happen again"
     assert len(waited) > 20, "somebody is told every second that it goes on"
 
 
@@ -105,6 +108,22 @@ def test_a_process_that_somebody_ends_says_nothing_of_its_kernel(monkeypatch):
     monkeypatch.setattr(workers._Worker, "ask", lambda self, case: self._process.kill() or self._answer(9))
     (found,) = dict(judged("composed", [CASE], Conditions(CPU))).values()
     assert found == {"right": False, "why": "died by SIGKILL (out of memory?)", "passing": True}
+
+
+def test_a_process_that_cannot_be_ended_is_left_behind(monkeypatch):
+    from kernels import workers
+
+    worker = workers._Worker("composed", Conditions(CPU))
+    real, waits = worker._process.wait, []
+
+    def stuck(timeout=None):
+        waits.append(timeout)
+        raise subprocess.TimeoutExpired("it", timeout)
+
+    monkeypatch.setattr(worker._process, "wait", stuck)
+    worker.close()
+    assert waits == [10]
+    real(timeout=10)
 
 
 def test_no_case_begins_after_the_deadline():
@@ -138,6 +157,51 @@ def test_a_group_takes_the_fastest_right_route(found, route):
     (decision,) = decide([CASE], {CASE: found})
     assert decision.route == route
     assert bool(decision.wrong) == (found["triton"] is WRONG)
+
+
+def test_time_on_the_gpu_decides_where_calls_are_replayed():
+    ours, other = timed(3) | {"gpu_ms": 1.0}, timed(2) | {"gpu_ms": 1.5}  # many small launches against few
+    results = {CASE: {"triton": ours, "compiled": other}}
+    assert decide([CASE], results)[0].route == "triton"
+    assert decide([CASE], results, replayed=False)[0] == Decision((CASE,), "compiled", ms=(3.0, 2.0))
+    del other["gpu_ms"]  # one that could not be captured
+    assert decide([CASE], results)[0].route == "compiled"
+
+
+BUSY = {"right": False, "why": "a process for it could not start: devices are busy", "passing": True}
+
+
+def test_where_nothing_can_be_checked_the_composed_form_runs_and_strict_refuses():
+    nothing = dict.fromkeys(("triton", "triton-tiled", "composed", "compiled"), BUSY)
+    (decision,) = decide([CASE], {CASE: nothing})
+    assert decision.route == "composed"
+    assert decision.line == (
+        f"KERNELS COULD NOT BE CHECKED ON THIS MACHINE: {CASE}: triton: {BUSY['why']}; composed runs instead"
+    )
+    refuse([decision], strict=False)
+    with pytest.raises(WrongKernelsError, match=r"kernels\.strict forbids: set it to false, or free the GPU"):
+        refuse([decision], strict=True)
+    (decision,) = decide([CASE], {CASE: nothing | {"composed": WRONG}})
+    assert decision.route is None, "that is a finding"
+    (decision,) = decide([CASE, LARGER], {CASE: nothing, LARGER: nothing | {"triton": WRONG}})
+    assert "WRONG ON THIS" in decision.line
+
+
+@pytest.mark.parametrize("search", [True, False])
+def test_a_faster_route_is_looked_for_where_that_is_wanted(tmp_path, monkeypatch, search):
+    from kernels import check as module
+
+    asked = []
+
+    def right(route, cases, *_):
+        asked.extend([route] * len(list(cases)))
+        return [(case, RIGHT) for case in cases]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "machine", lambda *_: machine(CPU))
+    monkeypatch.setattr(module, "judged", right)
+    module.check([CASE], torch.device("cuda:0"), search=search)
+    assert asked == (["triton", "composed", "compiled"] if search else ["triton"])
 
 
 def test_cases_of_a_group_share_a_route_and_groups_do_not():
@@ -195,11 +259,18 @@ def test_findings_are_kept_by_machine(verdict, monkeypatch):
     assert again.results == {CASE: {"triton": WRONG | {"error": 7.0}}, AGGREGATION: {"triton": RIGHT}}
     assert verdict(again=True)[0].results == {}
     kind = machine(CPU)
-    assert kind.keys() == {"gpu", "driver", "triton", "torch", "source"}
+    assert kind.keys() == {"gpu", "driver", "triton", "torch", "source", "environment"}
     for key in kind:
         assert Verdict(kind | {key: "another"}, told.append).results == {}
     assert told == []
     assert [path.parent for path in cache_folder().iterdir()] == [cache_folder()], "one file, no leftovers"
+
+
+@pytest.mark.parametrize("name", ["TRITON_PTXAS_PATH", "TRITON_DEFAULT_FP_FUSION", "NVIDIA_TF32_OVERRIDE"])
+def test_findings_belong_to_the_settings_of_compilers(verdict, monkeypatch, name):
+    verdict()[0].add(CASE, "triton", RIGHT)
+    monkeypatch.setenv(name, "0")
+    assert verdict()[0].results == {}
 
 
 def test_two_processes_that_write_keep_both_findings(verdict):
@@ -247,6 +318,32 @@ def test_a_folder_that_cannot_be_written_is_told_once(verdict, tmp_path):
     assert found.results.keys() == {CASE, OTHER}
 
 
+def test_without_a_home_nothing_is_kept_and_that_is_told(verdict, monkeypatch, tmp_path):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", unknown)
+    monkeypatch.chdir(tmp_path)
+    found, told = verdict()
+    found.add(CASE, "triton", RIGHT)
+    assert told == [
+        "kernels: there is no folder for findings (Could not determine home directory.): the next run checks again"
+    ]
+    assert (found.results, list(tmp_path.iterdir())) == ({CASE: {"triton": RIGHT}}, [])
+
+
+def test_processes_of_two_hosts_write_different_files(verdict, monkeypatch):
+    from kernels import verdict as module
+
+    replaced = []
+    monkeypatch.setattr(module.os, "replace", lambda source, _: replaced.append(Path(source).name))
+    for host in ("a", "b"):
+        monkeypatch.setattr(module.socket, "gethostname", lambda host=host: host)
+        verdict()[0].add(CASE, "triton", RIGHT)
+    assert len(set(replaced)) == 2
+
+
 def test_a_machine_without_gpu_is_told_in_one_line_with_status_2(tmp_path):
     status, out, error = command(tmp_path, interpret="0")
     assert (status, error) == (2, "")
@@ -276,7 +373,7 @@ def test_cases_travel_as_json(case):
         ({"batch": 0}, "positive whole numbers"),
         ({"width": 2.5}, "positive whole numbers"),
         ({"dtype": "int8"}, "dtype is one of float32"),
-        ({"layout": "NHWC"}, "a layout NCHW or channels_last"),
+        ({"layout": "NHWC"}, "layout NCHW or channels_last"),
     ],
 )
 def test_an_unusable_case_is_named(changes, told):

@@ -106,6 +106,28 @@ def test_an_illegal_access_ends_the_process_use(monkeypatch):
     assert found == {"right": False, "why": "illegal memory access", "fatal": True}
 
 
+# A head of one channel attends to itself, so query, key and temperature get no gradient at all; on one pixel their
+# gradients are 0 but for rounding, and norms of rows by Gram matrices cancel.
+NARROW, PIXEL = AttentionCase(1, 16, 4, 4, 16, 16, "float32"), AttentionCase(2, 16, 1, 1, 16, 2, "float32")
+
+
+@pytest.mark.parametrize("case", [NARROW, PIXEL], ids=["head of one channel", "one pixel"])
+def test_gradients_of_nothing_are_right_and_hide_nothing(monkeypatch, case):
+    import kernels.attention.triton as attention
+
+    assert judge(case, "triton", CPU)["why"] is None
+    plain = attention.backward
+
+    def wrong(*arguments):
+        gradients = plain(*arguments)
+        return gradients._replace(value=-gradients.value)
+
+    monkeypatch.setattr(attention, "backward", wrong)
+    found = judge(case, "triton", CPU)
+    assert found["why"].startswith("wrong d_value: relative RMS error 2 (bound "), found
+    assert float(found["why"].partition("(bound ")[2].partition(")")[0]) < 1e-3
+
+
 def test_an_error_within_the_bound_of_the_dtype_is_right_and_one_beyond_is_not(monkeypatch):
     """One pixel is off by a few epsilons of y's largest value: right below the bound, wrong above."""
     import kernels.attention.triton as attention

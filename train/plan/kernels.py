@@ -11,14 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.routes import Case, record
 from train.config.networks import build_model
+from train.config.patches import in_phase, phases
 from train.config.schema import Config
 from train.engine.network import shape_network
 from train.engine.precision import COMPUTE, SIXTEEN_BIT_PARAMETERS, planned, use_sixteen_bit_parameters
 
 
 def kernel_cases(config: Config, world: int, device: str) -> list[Case]:
-    """Cases of a training micro-batch of one of `world` ranks, and of an evaluation's crop, in the run's precision and
-    layout (auto counts as bf16); none without a prior. device: cpu or cuda, whose layouts and autocast differ.
+    """Cases of a training micro-batch of one of `world` ranks in each phase, and of an evaluation's crop, in the run's
+    precision (auto counts as bf16) and layout; none without a prior. device: cpu or cuda, whose layouts and autocast
+    differ.
 
     ValueError where `world` does not divide the batch, or the device is another or needs a GPU for its autocast.
     """
@@ -29,7 +31,8 @@ def kernel_cases(config: Config, world: int, device: str) -> list[Case]:
         raise ValueError(f"device cuda: what {config.engine.precision} computes there can only be listed on a GPU")
     # Batches from the loader's processes have a pixel's channels side by side, other pictures lie plane by plane.
     loaded = torch.contiguous_format if config.blur.device == "cuda" else torch.channels_last
-    calls = [(config.micro_batch(world), config.data.crop, loaded)]
+    sizes = [in_phase(config, phase) for phase in phases(config)]
+    calls = [(each.micro_batch(world), each.data.crop, loaded) for each in sizes]
     if config.eval.enabled:
         calls.append((1, config.eval.crop, torch.contiguous_format))
     if not config.model.prior:

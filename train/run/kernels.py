@@ -43,7 +43,8 @@ def _checked(config: Config, engine: Engine) -> dict[routes.Case, str]:
     started = time.monotonic()
     cases = kernel_cases(config, engine.world, engine.device.type)
     options = {"strict": config.kernels.strict, "tell": log.warning, "alive": lambda: beat("start")}
-    decisions = check.check(cases, engine.device, search=False, **options)
+    replayed = config.engine.graphs != "off" and config.engine.no_graphs is None
+    decisions = check.check(cases, engine.device, search=False, replayed=replayed, **options)
     right, took = sum(not each.wrong for each in decisions), time.monotonic() - started
     log.info("kernels: %d cases, %d of %d groups right as they are, %.1f s", len(cases), right, len(decisions), took)
     return check.choices(decisions)

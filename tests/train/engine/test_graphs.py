@@ -447,7 +447,7 @@ def test_settings_under_which_no_trained_network_is_captured(settings, reason, m
         caplog.clear()
         engine = object.__new__(Engine)
         engine.config = Config(engine={**settings, "graphs": graphs})
-        engine.device, engine.rank = torch.device(kind), rank
+        engine.device, engine.rank, engine._replayed = torch.device(kind), rank, []
         assert engine.replayed(small(), "network") is None
         told = (graphs, kind, rank) == ("auto", "cuda", 0)
         assert caplog.messages == ([f"network: no CUDA graphs: {reason}"] if told else [])

@@ -44,6 +44,13 @@ def test_cases_are_those_of_a_micro_batch_and_of_an_evaluation(tmp_path):
     assert kernel_cases(small(tmp_path, model__prior="false", train__distill_steps=0), world=1, device="cpu") == []
 
 
+def test_cases_are_those_of_every_phase(tmp_path):
+    later = "[{at: 10, crop: 96, batch: 4}, {at: 20, crop: 128, batch: 2}]"
+    cases = kernel_cases(small(tmp_path, train__progressive=later, eval="off"), world=2, device="cpu")
+    found = {(c.batch, c.height) for c in cases if isinstance(c, AttentionCase) and c.channels == 16}
+    assert found == {(4, 16), (2, 24), (1, 32)}
+
+
 @pytest.mark.parametrize(
     ("changes", "dtype"),
     [({"engine__precision": "bf16"}, "bfloat16"), ({"engine__precision": "fp16", "engine__zero": 1}, "float16")],
