@@ -108,7 +108,6 @@ class Answer:
 def launch(case: Attention, kernel: str | None) -> None:
     """The whole case, or the pass that one kernel belongs to."""
     from kernels.attention import triton as passes
-    from kernels.attention.algebra import Modulation, gram_size, split_grams
 
     if kernel is None:
         return case.launch()
@@ -118,10 +117,24 @@ def launch(case: Attention, kernel: str | None) -> None:
         passes.gram_pass(x, p, 1e-6)
         return None
     mean, rstd = torch.empty(2, B, N, device="meta").unbind()
-    modulation = Modulation(*torch.empty(B, 2, C, D, device="meta").unbind(1))
-    grams = split_grams(torch.empty(B, gram_size(C, D), device="meta"), C, D)
-    passes.gradient_pass(x, x, p, mean, rstd, modulation, grams, torch.empty_like(x), torch.empty_like(p))
+    passes.gradient_pass(x, x, p, mean, rstd, *_coefficients(case), torch.empty_like(x), torch.empty_like(p))
     return None
+
+
+def _coefficients(case: Attention) -> tuple:
+    """What the gradient pass reads beside maps; the earlier commit's has other arguments."""
+    B, C, D = case.batch, case.C, case.D
+    try:
+        from kernels.attention.algebra_launch import Coefficients
+    except ImportError:
+        from kernels.attention.algebra import Modulation, gram_size, split_grams
+
+        modulation = Modulation(*torch.empty(B, 2, C, D, device="meta").unbind(1))
+        return modulation, split_grams(torch.empty(B, gram_size(C, D), device="meta"), C, D)
+    gain, shift, cross = torch.empty(3, B, C, D, device="meta", dtype=case.dtype).unbind()
+    hzz, hpp = (torch.empty(B, c, c, device="meta", dtype=case.dtype) for c in (C, D))
+    dzs, dps = (torch.empty(B, c, device="meta") for c in (C, D))
+    return (Coefficients(gain, shift, torch.empty(5, B, device="meta"), cross, hzz, hpp, dzs, dps),)
 
 
 def answers(case: Attention, kernel: str | None = None, tile: tuple[int, int] | None = None) -> list[Answer]:
