@@ -132,7 +132,7 @@ class Engine:
         return self._replayed[-1]
 
     def forget_graphs(self) -> None:
-        """Between two steps: capture anew, because others learn from here on or crops have another size."""
+        """Between two steps: capture all modules anew, because crops have another size from here on."""
         for graphs in self._replayed:
             graphs.forget()
 

@@ -34,7 +34,8 @@ def enter_stage(step: int, engine: Engine, task: DeblurTask, ema: Ema) -> str:
 def arrange(step: int, engine: Engine, task: DeblurTask) -> str:
     """Let those rest who rest at the 0-based `step`, as in a process that goes on after it; returns its stage."""
     config, prior = engine.config, engine.module.prior
-    engine.forget_graphs()  # they hold who learned when they were captured
+    if engine.graphs is not None:
+        engine.graphs.forget()  # they hold who learned when they were captured
     if prior is not None:
         learns = prior_learns(step, config)
         prior.rest(not learns)
