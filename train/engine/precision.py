@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame, conv2d_same
 from torch import Tensor, nn
 
 from train.config.schema import Config, EngineSection
@@ -90,26 +91,33 @@ def keep_depthwise_in_fp32(module: nn.Module, engine: EngineSection, device: tor
     """Under bf16 on a CPU, have depthwise convolutions compute in fp32, and give bf16 as before; returns their number.
 
     Their bf16 backward pass is slow there, with AMX too (docs/LOG.md). Weights, gradients and names stay: the modules
-    keep their class, by which DeepSpeed chooses the type that gradients travel in, and our folding its pairs.
+    keep their class, by which DeepSpeed chooses the type that gradients travel in, and our folding its pairs. Weights
+    are rounded to bf16 first, as autocast does and as DeepSpeed's ZeRO 3 gathers them: else stages would differ.
     """
     if engine.precision != "bf16" or device.type != "cpu":
         return 0
     found = [part for part in module.modules() if isinstance(part, nn.Conv2d) and _depthwise(part)]
     for part in found:
-        part.forward = functools.partial(_in_fp32, part.forward)
+        part.forward = functools.partial(_in_fp32, part)
     return len(found)
 
 
 def _depthwise(convolution: nn.Conv2d) -> bool:
-    return convolution.groups == convolution.in_channels > 1
+    known = type(convolution).forward in (nn.Conv2d.forward, Conv2dSame.forward)
+    return known and convolution.groups == convolution.in_channels > 1
 
 
-def _in_fp32(plain: Any, image: Tensor) -> Tensor:
+def _in_fp32(part: nn.Conv2d, image: Tensor) -> Tensor:
     if not torch.is_autocast_enabled("cpu"):
-        return plain(image)
+        return type(part).forward(part, image)
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
-        result = plain(image.float())
+        weight, bias = (None if p is None else p.to(dtype).float() for p in (part.weight, part.bias))
+        if type(part).forward is Conv2dSame.forward:
+            how = (part.stride, part.padding, part.dilation, part.groups)
+            result = conv2d_same(image.to(dtype).float(), weight, bias, *how)
+        else:
+            result = part._conv_forward(image.to(dtype).float(), weight, bias)
     return result.to(dtype)  # else all that follows, and what is kept for the backward pass, would be wide as well
 
 
