@@ -80,8 +80,11 @@ def test_every_chosen_kernel_compiles_within_its_budget(lanes, target):
     assert code == 0, output[-6000:]
     builds = json.loads(path.read_text())
     found = {build["kernel"] for build in builds}
+    # On Ampere 64 px of these two spill, and fewer are not trusted: the wide route serves every width there.
+    fused = set() if target == "sm_80" else {"gram_kernel", "gradient_kernel"}
     assert found == {
-        *("gram_kernel", "normalise_kernel", "apply_kernel", "reduce_kernel", "gradient_kernel"),
+        *fused,
+        *("normalise_kernel", "apply_kernel", "reduce_kernel"),
         *("feature_gradient_kernel", "norm_gradient_kernel", "prior_gradient_kernel"),
         *ALGEBRA,
         *GATHERS,
