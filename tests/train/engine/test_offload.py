@@ -44,7 +44,9 @@ def test_offloading_changes_no_loss(runs, plain, engine):
 
 def test_a_run_that_offloads_resumes_exactly_and_elsewhere(runs):
     runs.run("offloaded", ranks=2, **CHANGES, **BOTH)
-    for name, ranks, engine, allowed in (("again", 2, BOTH, 0.0), ("elsewhere", 1, {"engine__zero": 1}, 1e-5)):
+    # Names of this file's own: all files of the session keep their runs in one folder.
+    cases = (("offloaded-again", 2, BOTH, 0.0), ("offloaded-elsewhere", 1, {"engine__zero": 1}, 1e-5))
+    for name, ranks, engine, allowed in cases:
         shutil.copytree(runs.folder("offloaded"), runs.folder(name))
         shutil.rmtree(runs.folder(name) / "checkpoints/step-00000006")
         runs.run(name, "--resume", "auto", ranks=ranks, **CHANGES, **engine)

@@ -69,7 +69,7 @@ def main(folder: Path) -> None:
     for zero, clip in ((0, 1.0), (0, 0.0), (1, 1.0), (2, 1.0), (3, 1.0)):
         config = engine.config = config_of(zero, clip)
         module = Net()
-        groups = [{"params": list(module.parameters()), "prior": False}]
+        groups = [{"params": list(module.parameters()), "part": "restorer"}]
         engine.engine, *_ = deepspeed.initialize(
             model=module, optimizer=torch.optim.AdamW(groups), config=deepspeed_settings(config, engine.world)
         )
