@@ -99,7 +99,7 @@ class Answer:
     """The lint's answer on one kernel of one launch."""
 
     kernel: str
-    tile: str  # BLOCK_N/warps
+    tile: str  # BLOCK_N/warps; of a kernel without a row in the launch table its warps alone
     registers: int
     spills: int
     findings: tuple[Finding, ...]
@@ -171,7 +171,8 @@ def answers(case: Attention, kernel: str | None = None, tile: tuple[int, int] | 
             registers, spills, _, _ = _nvidia_resources(binary.asm)
             lines = machine_findings(binary.asm["ptx"], binary.asm["cubin"], binary.metadata.num_warps)
             findings = (*lines, *shape_findings(binary.asm["ttgir"]))
-            found.append(Answer(name, tiles[name], registers, spills, findings))
+            tile_of = tiles.get(name, f"{binary.metadata.num_warps} warps")
+            found.append(Answer(name, tile_of, registers, spills, findings))
     return found
 
 
