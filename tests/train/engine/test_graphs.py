@@ -1,89 +1,21 @@
 """Replayed passes give the bits of eager ones; on a CPU, where a stand-in replays by running the function again."""
 
 import gc
-import itertools
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tests.train.engine.graph_cases import Small, assert_same, graphed, image, learn, loss_of, small
 from tests.train.engine.test_network import network
-from tests.train.rerun import RerunRecorder
-from train.config.schema import Config, EngineSection
 from train.engine import graphs as subject
-from train.engine.capture import RECORDERS
-from train.engine.engine import Engine
-from train.engine.graphs import MOST_SIGNATURES, Graphs, kept_buffers
+from train.engine.graphs import kept_buffers
 from train.engine.network import recompute_blocks
-
-
-def image(seed: int, side: int = 64) -> Tensor:
-    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(seed))
-
-
-class Out(NamedTuple):
-    """As a deblurrer's: several tensors, one that nobody differentiates, None."""
-
-    maps: tuple[Tensor, ...]
-    told: Tensor
-    absent: None = None
-
-
-class Small(nn.Module):
-    """BatchNorm on batch statistics, a parameter that one stage does not reach, one that is frozen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
-        self.second, self.frozen = nn.Conv2d(5, 2, 3), nn.Conv2d(5, 5, 1)
-        self.frozen.requires_grad_(False)
-
-    def forward(self, x: Tensor, *, prior_only: bool = False) -> Out:
-        kept = self.frozen(self.norm(self.first(x))).tanh()
-        return Out((kept,) if prior_only else (kept, self.second(kept)), kept.detach().mean())
-
-
-def small() -> Small:
-    torch.manual_seed(0)
-    return Small()
-
-
-def graphed(module: nn.Module, **options) -> Graphs:
-    return Graphs(module, RerunRecorder(), **options)
-
-
-def loss_of(out: Out) -> Tensor:
-    return sum(m.square().mean() for m in out.maps) + out.told
-
-
-def learn(
-    module: nn.Module, steps: int = 8, accumulation: int = 1, distill: int = 0, loss: Callable = loss_of,
-    keep_gradients: bool = False,
-) -> tuple[list[float], dict[str, Tensor]]:  # fmt: skip
-    """Losses and all of the state after some steps; `keep_gradients`: they are zeroed in place between the steps."""
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for step in range(steps):
-        for part in range(accumulation):
-            value = loss(module(image(10 * step + part), prior_only=step < distill)) / accumulation
-            value.backward()
-            losses.append(value.item())
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=not keep_gradients)
-    return losses, {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same(found: tuple[list, dict], expected: tuple[list, dict]) -> None:
-    assert found[0] == expected[0]
-    assert all(torch.equal(found[1][name], value) for name, value in expected[1].items())
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -350,110 +282,6 @@ def test_a_frozen_teacher_is_replayed_without_a_backward_pass():
         assert torch.equal(out.maps[1], expected[number])
         assert not out.maps[1].requires_grad
     assert (found.recorder.captured, found.replays) == (1, 2)
-
-
-def test_more_shapes_than_are_captured_run_eagerly_with_one_line(caplog):
-    module = small()
-    found = graphed(module, eager_calls=0)
-    for side in range(20, 20 + MOST_SIGNATURES + 3):
-        assert torch.equal(module(image(1, side)).maps[0], small()(image(1, side)).maps[0])
-    assert found.recorder.captured == 2 * MOST_SIGNATURES
-    assert [record.message for record in caplog.records] == [
-        f"network: no CUDA graphs: more than {MOST_SIGNATURES} shapes of calls: the others run eagerly"
-    ]
-
-
-class BrokenRecorder(RerunRecorder):
-    """Fails in the backward capture, as a driver might."""
-
-    def capture(self, function):
-        if self.captured:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
-        return super().capture(function)
-
-
-def test_a_capture_that_fails_is_told_once_and_the_run_goes_on_with_the_same_bits(caplog):
-    module = small()
-    Graphs(module, BrokenRecorder())
-    assert_same(learn(module, 7), learn(small(), 7))
-    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
-        "network: no CUDA graphs: RuntimeError: operation not permitted when stream is capturing"
-    ]
-
-
-def test_a_capture_that_fails_on_another_rank_keeps_this_one_eager(caplog):
-    module = small()
-    found = Graphs(module, RerunRecorder(), agree=lambda reason: "OutOfMemoryError: rank 3", eager_calls=0)
-    module(image(1))
-    module(image(1))
-    assert found.replays == 0
-    assert caplog.messages == ["network: no CUDA graphs: OutOfMemoryError: rank 3"]
-
-
-def test_strict_refuses_instead_of_falling_back():
-    module = small()
-    Graphs(module, BrokenRecorder(), strict=True, eager_calls=0)
-    with pytest.raises(ValueError, match=r"engine\.graphs on: network: RuntimeError: operation not permitted"):
-        module(image(1))
-
-
-@pytest.mark.parametrize("kind", ["forward", "pre", "backward", "gradient"])
-def test_hooks_that_replays_would_not_call_forbid_graphs(kind, caplog):
-    module = small()
-    found = graphed(module, eager_calls=0)
-    add = {
-        "forward": lambda: module.first.register_forward_hook(lambda *_: None),
-        "pre": lambda: module.first.register_forward_pre_hook(lambda *_: None),
-        "backward": lambda: module.first.register_full_backward_hook(lambda *_: None),
-        "gradient": lambda: module.first.weight.register_hook(lambda gradient: gradient),
-    }
-    add[kind]()
-    module(image(1))
-    assert found.recorder.captured == 0
-    assert "first" in caplog.messages[0]
-    assert "has a hook" in caplog.messages[0]
-
-
-def test_hooks_of_the_module_itself_and_those_that_may_rest_do_not():
-    module = small()
-    found = graphed(module, eager_calls=0)
-
-    def timed(*_):
-        return None
-
-    timed.may_rest = True
-    module.first.register_forward_hook(timed)
-    doubled = []
-    module.register_forward_pre_hook(lambda _, inputs: doubled.append(1) or inputs)
-    module(image(1))
-    module(image(2))
-    assert found.replays == 2
-    assert len(doubled) == 2
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"zero": 3}, "under zero 3 parameters are gathered and let go in every pass"),
-        ({"compile": True}, "compile has launches of its own: choose one of the two"),
-    ],
-)
-def test_settings_under_which_no_trained_network_is_captured(settings, reason, monkeypatch, caplog):
-    """`auto`: a line, on one rank, and only where graphs were possible; `on`: refused before anything starts."""
-    with pytest.raises(ValueError, match=f"graphs on: {reason}; set it to auto"):
-        EngineSection(graphs="on", **settings)
-    monkeypatch.setitem(RECORDERS, "cuda", lambda device: RerunRecorder())
-    for graphs, kind, rank in itertools.product(("auto", "off"), ("cuda", "cpu"), (0, 1)):
-        caplog.clear()
-        engine = object.__new__(Engine)
-        engine.config = Config(engine={**settings, "graphs": graphs})
-        engine.device, engine.rank, engine._replayed = torch.device(kind), rank, []
-        assert engine.replayed(small(), "network") is None
-        told = (graphs, kind, rank) == ("auto", "cuda", 0)
-        assert caplog.messages == ([f"network: no CUDA graphs: {reason}"] if told else [])
-        # A frozen teacher is no parameter of ZeRO's, nor compiled here.
-        teacher = engine.replayed(small(), "teacher", trained=False)
-        assert (teacher is not None) == ((graphs, kind) == ("auto", "cuda"))
 
 
 WORKER = Path(__file__).parents[1] / "workers" / "graphs.py"
