@@ -64,6 +64,8 @@ class SpeConfig(_Section):
     """Heads of the semantic attention; divides the channels of every embed point."""
     points: list[str] | None = None
     """Names of the backbone's embed points to use; None: all that it declares."""
+    levels: list[Annotated[int, Field(ge=1, le=5)]] | None = Field(default=None, min_length=1)
+    """Levels of the prior that the embeddings read, from 1, such as [3, 4]: strides 16 and 32; None: all."""
 
 
 class ModelConfig(_Section):
@@ -87,6 +89,9 @@ class ModelConfig(_Section):
     """One teacher, or a list of several, whose features are put side by side."""
     student: StudentConfig = StudentConfig()
     spe: SpeConfig = SpeConfig()
+    oracle: bool = False
+    """For studies: the embeddings read the teacher's features of the SHARP image in place of the prior, in training and
+    in evaluations. An upper bound that no photograph has: such a model cannot restore."""
 
     @model_validator(mode="after")
     def _named(self) -> ModelConfig:
@@ -96,6 +101,12 @@ class ModelConfig(_Section):
             raise ValueError("prior_from takes a prior over, but prior is false: set one of them")
         if self.spe.dim % self.spe.groups:
             raise ValueError(f"spe.groups {self.spe.groups} does not divide spe.dim {self.spe.dim}")
+        if self.spe.levels is not None and max(self.spe.levels) > self.levels:
+            raise ValueError(f"spe.levels {self.spe.levels}: the prior has {self.levels} levels")
+        if self.spe.levels is not None and sorted(set(self.spe.levels)) != self.spe.levels:
+            raise ValueError(f"spe.levels {self.spe.levels}: name each level once, in rising order")
+        if self.oracle and not self.prior:
+            raise ValueError("oracle gives the embeddings a teacher's features, but prior is false: set one of them")
         if self.student.frozen_levels > self.levels:
             raise ValueError(f"student.frozen_levels {self.student.frozen_levels} exceeds the {self.levels} levels")
         given = self.student.weights

@@ -44,6 +44,8 @@ class Deblurrer(nn.Module):
         self.spe = nn.ModuleDict()
         spe, known = spe or SpeConfig(), backbone.embed_points
         names = known if spe.points is None else [choose("embed point", name, known) for name in spe.points]
+        levels = len(prior.channels) if prior is not None else 0
+        self.read = [level - 1 for level in spe.levels] if spe.levels is not None else list(range(levels))
         for name in names if prior is not None else ():
             channels, stride = known[name]
             if channels % spe.heads:
@@ -51,18 +53,30 @@ class Deblurrer(nn.Module):
                     f"{spe.heads} heads do not divide the {channels} channels of embed point {name} (stride {stride}): "
                     "change spe.heads or the backbone's width"
                 )
-            self.spe[name] = SemanticPriorEmbedding(prior.channels, channels, spe.dim, spe.groups, spe.heads)
+            read = [prior.channels[level] for level in self.read]
+            self.spe[name] = SemanticPriorEmbedding(read, channels, spe.dim, spe.groups, spe.heads)
         self.multiple = math.lcm(backbone.stride_multiple, prior.strides[-1] if prior is not None else 1)
 
-    def forward(self, blurry: torch.Tensor, *, prior_only: bool = False) -> Deblurred:
-        """Restore; with `prior_only` run the prior network alone (stage `distill`; `restored` is then empty)."""
+    def forward(self, blurry: torch.Tensor, *given: torch.Tensor, prior_only: bool = False) -> Deblurred:
+        """Restore; with `prior_only` run the prior network alone (stage `distill`; `restored` is then empty).
+
+        given: levels [B, c_l, H/s_l, W/s_l] in place of the prior's own, whose network then does not run: a study's
+        oracle. ValueError unless H and W are multiples of `multiple`.
+        """
         if blurry.ndim != 4 or blurry.shape[1] != 3:
             raise ValueError(f"a deblurrer takes an RGB batch [B, 3, H, W] in [0, 1], got {list(blurry.shape)}")
         if prior_only and self.prior is None:
             raise ValueError("this model has no prior network: there is nothing to distill")
         height, width = blurry.shape[-2:]
         padded = pad_to_multiple(blurry, self.multiple)
-        levels, features = self.prior(padded) if self.prior is not None else (None, None)
+        if given and (self.prior is None or padded.shape != blurry.shape):
+            raise ValueError(
+                f"levels in place of a prior's need a model with a prior, and images whose sides are multiples of "
+                f"{self.multiple} px; got {width}×{height}"
+            )
+        levels, features = given or None, None
+        if self.prior is not None and not given:
+            levels, features = self.prior(padded)
 
         def cropped(maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             """The part of each map that stands for the image, without what stands for the padding alone."""
@@ -72,12 +86,14 @@ class Deblurrer(nn.Module):
         restored = () if prior_only else cropped(self._restore(padded, levels))
         if levels is None:
             return Deblurred(restored, None)
-        return Deblurred(restored, cropped(levels), cropped(features) if self.prior.comparable else None)
+        comparable = features is not None and self.prior.comparable
+        return Deblurred(restored, cropped(levels), cropped(features) if comparable else None)
 
     def _restore(self, padded: torch.Tensor, levels: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
         if not self.spe:
             return self.backbone(padded)
-        scaled = self.prior.standardise(levels)
+        standard = self.prior.standardise(levels)
+        scaled = tuple(standard[level] for level in self.read)
 
         def embed(name: str, feature: torch.Tensor) -> torch.Tensor:
             return self.spe[name](feature, scaled) if name in self.spe else feature

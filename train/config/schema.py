@@ -366,6 +366,11 @@ class Config(Section):
             raise ValueError(
                 "features.cache keeps a teacher's features, but the student is frozen from the start: set it to off"
             )
+        if self.model.oracle and (self.train.distill_steps or not self.student_rests):
+            raise ValueError(
+                "model.oracle has no use for a student that learns: set train.distill_steps to 0 and "
+                "train.student_frozen to true"
+            )
         if loss.cfl_final is not None and self.train.distill_steps == self.train.steps:
             raise ValueError("loss.cfl_final changes λ over the deblur steps, but all steps distill: leave it out")
         return self
@@ -379,7 +384,7 @@ class Config(Section):
     @property
     def taught(self) -> bool:
         """Whether the run needs its teacher: to learn from, or to measure a fresh prior's scales."""
-        over = self.student_rests and not self.train.distill_steps
+        over = self.student_rests and not self.train.distill_steps and not self.model.oracle
         return self.model.prior and not (over and self.model.prior_from is not None)
 
     def micro_batch(self, world: int) -> int:

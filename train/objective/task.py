@@ -84,7 +84,12 @@ class DeblurTask:
         """The loss of a batch (a mean over its pairs) and its detached parts. distill: the student alone learns. cfl:
         the weight λ of its feature losses beside the restoration loss; None: the configuration's first."""
         blurry, sharp = as_float(batch["blurry"], self.device), as_float(batch["sharp"], self.device)
-        out = forward(blurry, prior_only=True) if distill else forward(blurry)
+        if distill:
+            out = forward(blurry, prior_only=True)
+        else:
+            with autocast:
+                given = self.given(sharp)
+            out = forward(blurry, *given)
         total, parts = sharp.new_zeros(()), {}
         if not distill:
             loss, parts = self.restoration(out.restored, sharp)
@@ -104,6 +109,10 @@ class DeblurTask:
         if self.config.loss.cfl_final is not None:
             parts["cfl_weight"] = sharp.new_full((), weight)
         return total, parts
+
+    def given(self, sharp: Tensor) -> tuple[Tensor, ...]:
+        """What the embeddings read in place of the prior: of an oracle the teacher's features of sharp [B, 3, H, W]."""
+        return tuple(self.teacher(sharp)) if self.config.model.oracle else ()
 
     @property
     def similarity(self) -> Callable | None:
