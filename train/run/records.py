@@ -72,7 +72,7 @@ class Records:
         if not logged(step, self.config):
             return
         values = {"loss": result.loss, **result.parts, "lr": result.lr, "grad_norm": result.grad_norm}
-        values |= {"wait_share": result.wait_s / result.total_s, "seconds": result.total_s}
+        values |= {"wait_share": result.wait_s / result.total_s, "seconds": result.total_s, "cpu_s": result.cpu_s}
         values |= rates
         if result.loss_scale is not None:
             values["loss_scale"] = result.loss_scale

@@ -29,6 +29,7 @@ class WeightsNotFiniteError(ValueError):
 class StepResult:
     """What a step did: mean loss and parts over ranks and micro-batches, learning rates, seconds.
 
+    cpu_s: processor time of this process (what a step costs on a machine that others use too).
     grad_norm: None where the step is not written down: reading it waits for the GPU. finite: whether loss and gradients
     of all ranks were. not_finite: what was not, here: `gradients`, or parts of this
     rank's loss. batches: `BATCH_FACTS` of this rank's.
@@ -41,6 +42,7 @@ class StepResult:
     finite: bool
     wait_s: float
     total_s: float
+    cpu_s: float = 0.0
     not_finite: list[str] = field(default_factory=list)
     batches: list[dict] = field(default_factory=list)
     overflowed: bool = False
@@ -81,7 +83,7 @@ def _step(
     engine: Engine, task: DeblurTask, loader: Iterator[dict], step: int, stop: StopRequest, traces: Traces
 ) -> StepResult:
     config = engine.config
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     distill = step < config.train.distill_steps
     rates = learning_rates(step, config)
     cfl = cfl_weight(step, config)
@@ -129,6 +131,7 @@ def _step(
         finite=finite and math.isfinite(loss_value),
         wait_s=wait_s,
         total_s=time.perf_counter() - started,
+        cpu_s=time.process_time() - worked,
         not_finite=list(not_finite),
         batches=batches,
         overflowed=finite and left_out,

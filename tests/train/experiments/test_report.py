@@ -1,0 +1,73 @@
+"""Numbers of an experiment's report, from runs whose differences are known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.config.schema import Config
+from train.experiments.plan import Experiment, Trial
+from train.experiments.report import Made, over_trivial, paired, similarity_table, trivial_of, write_report
+
+TIERS = ("severe", "extreme")
+
+
+def made(arm: str, seed: int, better: float, *, similarity: list[float] | None = None) -> Made:
+    """A run whose pictures are `better` dB above 20 + something of the picture's own."""
+    pictures = {}
+    for number in range(12):
+        own = np.sin(7.0 * number)
+        for tier in TIERS:
+            pictures[f"photo{number}", tier] = {
+                "key": f"photo{number}", "scene": f"photo{number}", "tier": tier, "input": {"psnr": 20 + own},
+                "restored": {"psnr": 20 + own + better + 0.01 * seed},
+                "yardsticks": {"gaussian": {"psnr": 20.25 + own}, "unsharp": {"psnr": 19 + own}},
+            }  # fmt: skip
+    records = [{"step": n, "loss": 1 / n, "seconds": 2.0, "cpu_s": 0.5} for n in range(1, 5)]
+    records.append({"step": 4, "tiers": [{"tier": tier, "restored_psnr": 20 + better} for tier in TIERS]})
+    if similarity is not None:
+        records[-1] |= {"similarity": similarity, "blurry_similarity": [0.5] * len(similarity)}
+    config = Config(train={"steps": 4, "batch": 2})
+    return Made(Trial(arm, seed, "base.yaml", ()), config, Path(), records, pictures)
+
+
+def test_gains_are_over_the_best_of_the_trivial_ways():
+    run = made("bare", 0, 0.75)
+    best = trivial_of([run])
+    assert best == dict.fromkeys(TIERS, "gaussian")
+    assert np.mean(list(over_trivial(run, best, "severe").values())) == pytest.approx(0.5)
+
+
+def test_differences_are_of_the_same_picture_and_seed():
+    one, other = [made("a", seed, 0.7) for seed in (0, 1)], [made("b", seed, 0.4) for seed in (1, 2)]
+    mean, low, high = paired(one, other, "severe")
+    assert mean == pytest.approx(0.3)
+    assert low == pytest.approx(0.3)
+    assert high == pytest.approx(0.3)  # what pictures have of their own is in both
+    assert paired(one, other[1:], "severe") is None
+
+
+def test_the_report_says_what_came_out_and_what_is_missing(tmp_path):
+    experiment = Experiment(
+        title="T", config="base.yaml", seeds=[0, 1], oracle="cheat",
+        arms={"bare": {}, "taught": {"says": "a prior"}, "cheat": {}, "worse": {}},
+    )  # fmt: skip
+    runs = [
+        made(arm, s, g) for s in (0, 1) for arm, g in (("bare", 0.5), ("taught", 0.9), ("cheat", 2.5), ("worse", 0.1))
+    ]
+    write_report(tmp_path / "t.md", "t", experiment, runs, 9)
+    text = (tmp_path / "t.md").read_text()
+    assert "**Not finished: 8 of 9 runs.**" in text
+    assert "* **taught** against bare: severe: better (+0.40 dB); extreme: better (+0.40 dB)." in text
+    assert "* **worse** against bare: severe: WORSE (-0.40 dB)" in text
+    assert "+0.400 (+0.400 … +0.400), 20% of the oracle's" in text
+    assert "| bare | 2 | +0.255 ± 0.007 |" in text
+    assert "| taught | a prior | 4 | 8 | 2.00 | 0.50 | 0.00 |" in text
+    assert (tmp_path / "t.png").stat().st_size > 10_000
+
+
+def test_similarities_are_the_mean_and_spread_over_the_seeds():
+    runs = [made("a", seed, 0.0, similarity=[0.5 + 0.1 * seed, 0.9]) for seed in (0, 2)]
+    text = "\n".join(similarity_table([*runs, made("b", 0, 0.0)]))
+    assert "| a | 2 | 0.600 ± 0.141 (+0.100 ± 0.141) | 0.900 ± 0.000 (+0.400 ± 0.000) |" in text
+    assert "| b |" not in text
