@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from train.evaluate.metrics import METRICS
 from train.evaluate.scores import Evaluation, Score
 
 GAP, LINE, CELL = 8, 18, 190  # px between pictures, of a line of text, and of the narrowest column that holds a caption
@@ -116,12 +115,14 @@ def draw_similarity(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 def tier_table(evaluation: Evaluation) -> str:
     """The table of a report: a Markdown row per severity tier."""
-    heads = [f"input {metric.label} | restored {metric.label}" for metric in METRICS.values()]
+    heads = [f"input {metric.label} | restored {metric.label}" for metric in evaluation.metrics().values()]
     heads.insert(1, "gain, dB (95 % interval)")
-    lines = [f"| tier | pairs | {' | '.join(heads)} |", "|---|---:|" + "---:|" * (2 * len(METRICS) + 1)]
+    lines = [f"| tier | pairs | {' | '.join(heads)} |", "|---|---:|" + "---:|" * (2 * len(evaluation.metrics()) + 1)]
     for row in evaluation.tiers():
         interval = f"{row.low:+.3f} … {row.high:+.3f}" if np.isfinite(row.low) else "one sample: no interval"
-        cells = [f"{row.input[n]:.{m.digits}f} | {row.restored[n]:.{m.digits}f}" for n, m in METRICS.items()]
+        cells = [
+            f"{row.input[n]:.{m.digits}f} | {row.restored[n]:.{m.digits}f}" for n, m in evaluation.metrics().items()
+        ]
         cells.insert(1, f"{row.gain:+.3f} ({interval})")
         lines.append(f"| {row.tier} | {row.pairs} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -129,7 +130,7 @@ def tier_table(evaluation: Evaluation) -> str:
 
 def tier_lines(evaluation: Evaluation) -> list[str]:
     """The table as plain lines for a terminal."""
-    others = {name: metric for name, metric in METRICS.items() if name != "psnr"}
+    others = {name: metric for name, metric in evaluation.metrics().items() if name != "psnr"}
     lines = []
     for row in evaluation.tiers():
         line = f"{row.tier:9s} {row.pairs:4d} pairs  {row.input['psnr']:6.2f} → {row.restored['psnr']:6.2f} dB  "
@@ -186,7 +187,7 @@ def write_report(
 ) -> None:
     """report.md beside panel.png and (with `curve`) curve.png. `before`: similarities at the start of the run."""
     tiles = len({score.key for score in evaluation.scores})
-    notes_of_metrics = " ".join(f"{metric.label}: {metric.note}." for metric in METRICS.values())
+    notes_of_metrics = " ".join(f"{metric.label}: {metric.note}." for metric in evaluation.metrics().values())
     lines = [f"# {title}", "", verdict(evaluation), *notes, "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", "## Gain over the blurry input", "", tier_table(evaluation), ""]
