@@ -1,4 +1,4 @@
-"""What was measured of each picture, kept at once: a kill loses the picture in work, and any number of ranks share it."""
+"""What was measured of each picture, kept at once: a kill loses the picture in work, and ranks need no other link."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ class Book:
     """
 
     def __init__(
-        self, folder: Path, identity: Mapping[str, Any], items: Sequence[Item], *, rank: int, world: int, overwrite: bool
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        items: Sequence[Item],
+        *,
+        rank: int,
+        world: int,
+        overwrite: bool,
     ) -> None:
         self.folder, self.items, self._rank = folder, list(items), rank
         if overwrite and world > 1:
@@ -45,7 +52,9 @@ class Book:
             before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         except FileNotFoundError:
             if begun:
-                raise ValueError(f"{folder}: holds measurements without {SETTINGS}: --overwrite, or restore it") from None
+                raise ValueError(
+                    f"{folder}: holds measurements without {SETTINGS}: --overwrite, or restore it"
+                ) from None
             write_atomically(folder / SETTINGS, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
             before = identity
         except ValueError:
@@ -83,7 +92,7 @@ class Book:
         if self._file is None:
             path = self.folder / f"pictures-rank-{self._rank}.jsonl"
             torn = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
-            self._file = open(path, "ab")
+            self._file = open(path, "ab")  # noqa: SIM115 - open while pictures come
             if torn:
                 self._file.write(b"\n")  # what a killed writer left becomes a line of its own, which does not parse
         self._file.write(json.dumps(whole, ensure_ascii=False).encode() + b"\n")

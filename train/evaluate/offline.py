@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +24,9 @@ from train.engine.precision import keep_depthwise_in_fp32, with_precision
 from train.evaluate.book import Book
 from train.evaluate.measure import Measuring
 from train.evaluate.metrics import as_picture, metric_names
-from train.evaluate.pairs import Item, PairSet
+from train.evaluate.pairs import Item, Pair, PairSet
+from train.evaluate.results import build, metric_facts, seal, write_tables
+from train.evaluate.showing import chosen_to_show, shown_pictures, write_markdown, write_page, write_panel
 from train.objective.task import DeblurTask
 from train.restore.tiles import default_tile
 
@@ -88,9 +88,10 @@ class Evaluating:
             "metrics": list(names),
             "alignment": "RealBlur (ECC homography)" if pairs.aligned else "none",
         }
-        self.versions = {"sharpprior": git_commit() or "not in git", **versions()}
-        identity = {"model": model.facts["digest"], "data": pairs.facts | {"digest": pairs.digest}}
-        identity["data"].pop("path")
+        computing = {name: number for name, number in versions().items() if name in ("torch", "timm", "numpy")}
+        self.versions = {"sharpprior": git_commit() or "not in git", **computing}
+        tested = {name: pairs.facts[name] for name in ("layout", "split", "blur variant", "pairs", "of")}
+        identity = {"model": model.facts["digest"], "data": tested | {"digest": pairs.digest}}
         identity |= {"settings": self.settings, "versions": self.versions}
         self.book = Book(folder, identity, pairs.items, rank=how.rank, world=how.world, overwrite=overwrite)
         keep_depthwise_in_fp32(model.network, with_precision(model.config, precision).engine, device)
@@ -124,6 +125,10 @@ class Evaluating:
             done += 1
         self.book.close()
         return done
+
+    def restored(self, pair: Pair) -> Tensor:
+        """A pair's restored picture, uint8 [3, H, W]."""
+        return self.measuring.crop(pair)[0] if self.pairs.whole else self.measuring.restore(pair.blurry)[0]
 
     def _keep(self, item: Item, restored: Tensor) -> None:
         folder = self.folder / "restored"
@@ -170,3 +175,37 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def finish(evaluation: Evaluating) -> dict[str, Any] | None:
+    """results.json and the reports beside it, where every picture of the list is done; None where other processes still
+    work, or ended early. Whoever ends last writes them."""
+    records = evaluation.book.records()
+    if len(records) < len(evaluation.pairs.items):
+        return None
+    model, pairs, folder = evaluation.model, evaluation.pairs, evaluation.folder
+    facts = {
+        "model": model.facts,
+        "data": {**pairs.facts, "label": pairs.label, "digest": pairs.digest},
+        "settings": evaluation.settings,
+        "versions": evaluation.versions,
+        "device": machine(evaluation.device),
+    }
+    metrics = metric_facts(evaluation.settings["metrics"], aligned=pairs.aligned)
+    results = build(records, metrics, facts)
+    shown = shown_pictures(
+        [key for keys in chosen_to_show(results) for key in keys], _by_key(results), pairs, evaluation.restored
+    )
+    title = f"{model.name} on {pairs.facts['set']}"
+    panel = [shown[key] for key in chosen_to_show(results)[2] if key in shown]
+    write_tables(folder, results)
+    if panel:
+        write_panel(folder / "panel.png", panel, results["headline"]["metric"])
+    write_markdown(folder / "report.md", results, title=title, panel=bool(panel))
+    write_page(folder / "report.html", results, shown, title=title)
+    seal(folder, results)
+    return results
+
+
+def _by_key(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {picture["key"]: picture for picture in results["pictures"]}

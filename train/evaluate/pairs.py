@@ -178,7 +178,7 @@ class ValidationPairs:
             "pairs": len(self.items),
             "of": self._count,
             "released": None,
-            "scenes": len(set(scenes[slot] for slot in slots)),
+            "scenes": len({scenes[slot] for slot in slots}),
             "crop": crop,
             "licence": str(shards.info.get("licence", "the user's")),
         }

@@ -16,7 +16,8 @@ from train.evaluate.summary import ALIGNED, bin_of, summarise
 
 FORMAT, VERSION = "sharpprior-results", 1
 RULES = {
-    "psnr" + ALIGNED: "RealBlur's protocol: intensity scaled, ECC homography, over the valid pixels; the set's official PSNR",
+    "psnr"
+    + ALIGNED: "RealBlur's protocol: intensity scaled, ECC homography, over the valid pixels; the set's official PSNR",
     "ssim" + ALIGNED: "RealBlur's protocol, after the same alignment; the set's official SSIM",
 }
 
@@ -109,5 +110,7 @@ def read_results(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: is no {FORMAT} ({str(error).splitlines()[0]}): evaluate again") from None
     if kind != (FORMAT, VERSION):
-        raise ValueError(f"{file}: of format {kind[0]} {kind[1]}, this version reads {FORMAT} {VERSION}: evaluate again")
+        raise ValueError(
+            f"{file}: of format {kind[0]} {kind[1]}, this version reads {FORMAT} {VERSION}: evaluate again"
+        )
     return found

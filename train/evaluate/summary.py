@@ -67,10 +67,16 @@ def summarise(pictures: Sequence[Picture], metric: str) -> list[dict[str, Any]]:
         for over, prefix in ((INPUT, ""), (trivial, "over_")):
             gains = [after[metric] - before[metric] for after, before in zip(restored, columns[over], strict=True)]
             low, high = interval(gains, some)
-            row |= {"over_trivial" if prefix else "gain": float(np.mean(gains)), prefix + "low": low, prefix + "high": high}
+            row |= {
+                "over_trivial" if prefix else "gain": float(np.mean(gains)),
+                prefix + "low": low,
+                prefix + "high": high,
+            }
         row |= {"trivial": trivial, "input": means.pop(INPUT), "restored": _means(restored), "yardsticks": means}
         row["intervals"] = {name: interval([each[name] for each in restored], some) for name in row["restored"]}
-        row["better"] = float(np.mean([after[metric] > before[metric] for after, before in zip(restored, columns[INPUT], strict=True)]))
+        row["better"] = float(
+            np.mean([after[metric] > before[metric] for after, before in zip(restored, columns[INPUT], strict=True)])
+        )
         rows.append(row)
     return rows
 

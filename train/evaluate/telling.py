@@ -33,8 +33,8 @@ def headline(results: Results) -> tuple[str, str]:
         said, mood = "not to be told from what needs no model", "warning"
     text = (
         f"{results['data']['set']}, {group(row)} ({count(row['pictures'], 'picture')} of "
-        f"{count(row['scenes'], 'scene')}): {value}, {over} over the best trivial ({NAMES.get(row['trivial'], row['trivial'])}; "
-        f"{said}), {gain(row, 'gain')} over the blurry input."
+        f"{count(row['scenes'], 'scene')}): {value}, {over} over the best trivial "
+        f"({NAMES.get(row['trivial'], row['trivial'])}; {said}), {gain(row, 'gain')} over the blurry input."
     )
     return text, mood
 
@@ -54,7 +54,8 @@ def warnings(results: Results) -> list[str]:
         lines.append(f"An incomplete copy of the set: {data['of']} pairs where {data['released']} were released.")
     tiled = sum(picture["tiles"] > 1 for picture in pictures)
     if tiled:
-        lines.append(f"{tiled} of {len(pictures)} pictures were restored in tiles, the others whole.")
+        number = "All pictures" if tiled == len(pictures) else f"{tiled} of {len(pictures)} pictures"
+        lines.append(f"{number} were restored in tiles; published numbers are of whole pictures.")
     lost = [name for picture in pictures for name in picture.get("not aligned", [])]
     if lost:
         lines.append(
@@ -153,11 +154,12 @@ def lines(results: Results) -> list[str]:
     for row in results["tiers"]:
         before, after = (f"{row[of][metric]:6.{known['digits']}f}" for of in ("input", "restored"))
         told.append(
-            f"{group(row):{width}s} {row['pictures']:5d} pictures  {before} → {after} dB  gain {gain(row, 'gain')}  over "
-            f"the best trivial ({row['trivial']}) {gain(row, 'over_trivial')}"
+            f"{group(row):{width}s} {row['pictures']:5d} pictures  {before} → {after} dB  "
+            f"gain {gain(row, 'gain')}  over the best trivial ({row['trivial']}) {gain(row, 'over_trivial')}"
         )
     means = ", ".join(
-        f"{m['label']} {results['tiers'][-1]['restored'][name]:.{m['digits']}f}" for name, m in results["metrics"].items()
+        f"{m['label']} {results['tiers'][-1]['restored'][name]:.{m['digits']}f}"
+        for name, m in results["metrics"].items()
     )
     return [*told, f"{group(results['tiers'][-1])}: {means}", headline(results)[0], *warnings(results)]
 
