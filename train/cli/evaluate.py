@@ -21,7 +21,7 @@ DATA = ", ".join(f"{name}:PATH" for name in LAYOUTS if name != "folder")
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, of one of its checkpoints, or of an exported model.")],
+    run: Annotated[str, typer.Argument(help="A run, one of its checkpoints, an exported model, or owner/name.")],
     data: Annotated[
         str | None,
         typer.Option(

@@ -76,19 +76,18 @@ def markdown(comparison: Comparison) -> str:
 
 
 def means_table(comparison: Comparison, best: str = "{}") -> tuple[list[str], list[list[str]]]:
-    """(heads, rows): every evaluation's means of every metric on the headline's row, the best through `best`."""
+    """(heads, rows): means of every metric on the headline's row, of the blurry input and of every evaluation; the best
+    of them, which may be the input, through `best`."""
     row = comparison.rows[-1]
     heads = ["model", *(f"{m['label']} {_arrow(m)}" for m in comparison.metrics.values())]
-    rows = [["blurry input", *(f"{row.input[name]:.{m['digits']}f}" for name, m in comparison.metrics.items())]]
-    for number, each in enumerate(comparison.loaded):
-        cells = []
-        for name, metric in comparison.metrics.items():
-            values = [round(found.mean, metric["digits"]) for found in row.metrics[name]]
-            top = min(values) if metric["better"] == "lower" else max(values)
-            text = f"{values[number]:.{metric['digits']}f}"
-            cells.append(best.format(text) if values[number] == top else text)
-        rows.append([each.name, *cells])
-    return heads, rows
+    columns = []
+    for name, metric in comparison.metrics.items():
+        values = [round(value, metric["digits"]) for value in (row.input[name], *(f.mean for f in row.metrics[name]))]
+        top = min(values) if metric["better"] == "lower" else max(values)
+        texts = [f"{value:.{metric['digits']}f}" for value in values]
+        columns.append([best.format(text) if value == top else text for text, value in zip(texts, values, strict=True)])
+    names = ["blurry input", *(each.name for each in comparison.loaded)]
+    return heads, [[name, *cells] for name, cells in zip(names, zip(*columns, strict=True), strict=True)]
 
 
 def difference_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

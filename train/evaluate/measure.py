@@ -15,7 +15,8 @@ from data.errors import DataError
 from train.evaluate.metrics import measured
 from train.evaluate.pairs import Pair
 from train.objective.task import DeblurTask
-from train.restore.tiles import restore_image
+from train.restore.memory import forward_bytes, free_bytes
+from train.restore.tiles import Way, restore_image
 
 SIMILARITIES = ("similarity", "blurry_similarity", "student_similarity")  # to the teacher: of prior, blurry, student
 
@@ -23,8 +24,9 @@ SIMILARITIES = ("similarity", "blurry_similarity", "student_similarity")  # to t
 class Measuring:
     """A network with all that decides what it gives, and what is measured of it.
 
-    names: of metrics. tile: side in px, None for whole pictures. precision: of autocast, None for the weights' own.
-    task: of a run with a prior, whose likeness to its teacher is measured too, on crops.
+    names: of metrics. tile: side in px; None: whole pictures. auto: whole pictures where memory allows, else tiles of
+    that side. precision: of autocast, None for the weights' own. task: of a run with a prior, whose likeness to its
+    teacher is measured too, on crops.
     """
 
     def __init__(
@@ -34,11 +36,14 @@ class Measuring:
         *,
         names: Sequence[str],
         tile: int | None = None,
+        auto: bool = False,
         precision: torch.dtype | None = None,
         task: DeblurTask | None = None,
     ) -> None:
         self.network, self.device = network, device
-        self._names, self._tile, self._precision, self._task = tuple(names), tile, precision, task
+        self._names, self._tile, self._auto, self._task = tuple(names), tile, auto, task
+        self._way = Way(precision)
+        self._needed: dict[tuple[int, int], int] = {}
 
     @torch.no_grad()
     def restore(self, blurry: Tensor) -> tuple[Tensor, int]:
@@ -50,9 +55,22 @@ class Measuring:
             nonlocal tiles
             tiles = every
 
-        with self._autocast():
-            image = restore_image(self.network, blurry.float().div(255), self._tile, counted)
+        # As floats: integers would hide values that are not finite.
+        image = restore_image(
+            self.network, blurry.float().div(255), self._side(*blurry.shape[-2:]), counted, way=self._way
+        )
         return _to_uint8(image), tiles
+
+    def _side(self, height: int, width: int) -> int | None:
+        """Of this picture's tiles, None for the whole: what a square of as many pixels needs is what it needs."""
+        if not self._auto:
+            return self._tile
+        size = (height, width)
+        if size not in self._needed:
+            multiple = self.network.multiple
+            side = math.ceil(math.sqrt(height * width) / multiple) * multiple
+            self._needed[size] = forward_bytes(self.network, side, self._way)
+        return None if self._needed[size] <= free_bytes(self.device, math.inf) else self._tile
 
     @torch.no_grad()
     def crop(self, pair: Pair) -> tuple[Tensor, dict[str, list[float]]]:
@@ -102,9 +120,9 @@ class Measuring:
         return measured(first, second, self._names)[0]
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        if self._precision is None:
+        if self._way.precision is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self._precision)
+        return torch.autocast(self.device.type, self._way.precision)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

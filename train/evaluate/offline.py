@@ -28,6 +28,7 @@ from train.evaluate.pairs import Item, Pair, PairSet
 from train.evaluate.results import build, metric_facts, seal, write_tables
 from train.evaluate.showing import chosen_to_show, shown_pictures, write_markdown, write_page, write_panel
 from train.objective.task import DeblurTask
+from train.restore.names import find_model
 from train.restore.tiles import default_tile
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -57,9 +58,9 @@ class Tested:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path, which: str, device: torch.device) -> Tested:
-        """Load a model. ValueError on a wrong path."""
-        network, config, source = load_model(path, device, which)
+    def load(cls, name: str | Path, which: str, device: torch.device) -> Tested:
+        """Load a model by its name (`find_model`). ValueError where there is none."""
+        network, config, source = load_model(find_model(name), device, which)
         return cls(network, config, source, _model_facts(network, config, source))
 
     @property
@@ -99,8 +100,10 @@ class Evaluating:
         if pairs.whole and model.config.model.prior and (state := loss_state(model.source)):
             task = DeblurTask(model.config, device)
             task.load_state_dict(state)
+        auto, tile = how.tile == "auto" and not pairs.whole, default_tile(model.config)
+        side = tile if auto else how.tile if isinstance(how.tile, int) else None
         self.measuring = Measuring(
-            model.network, device, names=names, tile=self._tile(device), precision=PRECISIONS[precision], task=task
+            model.network, device, names=names, tile=side, auto=auto, precision=PRECISIONS[precision], task=task
         )
         self.device = device
 
@@ -135,11 +138,6 @@ class Evaluating:
         folder.mkdir(exist_ok=True)
         with replacing(folder / f"{item.key.replace('/', '-')}.png", durable=False) as path:
             Image.fromarray(as_picture(restored)).save(path, format="PNG")
-
-    def _tile(self, device: torch.device) -> int | None:
-        if self._how.tile == "whole" or self.pairs.whole:
-            return None
-        return default_tile(self.model.config) if self._how.tile == "auto" else self._how.tile
 
 
 def _model_facts(network: torch.nn.Module, config: Config, source: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from train.evaluate.scores import INPUT, TRIVIAL
 
 Results = Mapping[str, Any]
+FEW = 8  # scenes
 NAMES = {
     INPUT: "the blurry input",
     "gaussian": "Gaussian smoothing",
@@ -56,6 +57,11 @@ def warnings(results: Results) -> list[str]:
     if tiled:
         number = "All pictures" if tiled == len(pictures) else f"{tiled} of {len(pictures)} pictures"
         lines.append(f"{number} were restored in tiles; published numbers are of whole pictures.")
+    if results["tiers"][-1]["scenes"] < FEW:
+        lines.append(
+            f"Few scenes ({results['tiers'][-1]['scenes']}): intervals from a bootstrap over fewer than {FEW} are too "
+            "narrow; trust none that barely leaves 0."
+        )
     lost = [name for picture in pictures for name in picture.get("not aligned", [])]
     if lost:
         lines.append(
