@@ -10,36 +10,45 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from train.evaluate.metrics import METRICS
 from train.evaluate.scores import Evaluation, Score
 
-GAP, LABEL = 6, 22  # px between pictures, and of the line of text above a row
+GAP, LINE, CELL = 8, 18, 190  # px between pictures, of a line of text, and of the narrowest column that holds a caption
 
 
 def draw_panel(pictures: Sequence[tuple[Score, np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
     """Rows of blurry | restored | sharp with tier, extent and PSNR above each; uint8 RGB [H, W, 3].
 
-    Every picture is shown pixel for pixel. ValueError on no pictures.
+    Every picture is shown pixel for pixel; two lines above it have a column's width, and end in … where it is too
+    narrow for them. ValueError on no pictures.
     """
     if not pictures:
         raise ValueError("a panel needs at least one pair of pictures")
     height, width = pictures[0][1].shape[:2]
-    canvas = Image.new("RGB", (3 * width + 4 * GAP, len(pictures) * (height + LABEL + GAP) + GAP), (24, 24, 24))
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=14)
+    column, row_height = max(width, CELL) + GAP, 2 * LINE + height + 2 * GAP
+    canvas = Image.new("RGB", (3 * column + GAP, len(pictures) * row_height + GAP), (24, 24, 24))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
     for row, (score, *images) in enumerate(pictures):
-        top = GAP + row * (height + LABEL + GAP)
-        extent = f" {score.extent:.0f} px," if math.isfinite(score.extent) else ""  # of recorded pairs it is not known
+        extent = f", {score.extent:.0f} px" if math.isfinite(score.extent) else ""  # of recorded pairs it is not known
         texts = (
-            f"blurry: {score.tier},{extent} {score.input['psnr']:.2f} dB",
-            f"restored: {score.restored['psnr']:.2f} dB ({score.gain:+.2f})",
-            f"sharp: {score.key}",
+            (f"blurry: {score.tier}{extent}", f"{score.input['psnr']:.2f} dB"),
+            ("restored", f"{score.restored['psnr']:.2f} dB ({score.gain:+.2f} over the blurry)"),
+            ("sharp", score.key),
         )
-        for column, (text, image) in enumerate(zip(texts, images, strict=True)):
-            left = GAP + column * (width + GAP)
-            draw.text((left, top + 2), text, fill=(235, 235, 235), font=font)
-            canvas.paste(Image.fromarray(image), (left, top + LABEL))
+        for place, (lines, image) in enumerate(zip(texts, images, strict=True)):
+            left, top = GAP + place * column, GAP + row * row_height
+            for n, (line, ink) in enumerate(zip(lines, ((235, 235, 235), (170, 170, 170)), strict=True)):
+                draw.text((left, top + n * LINE), fitted(line, font, column - GAP), fill=ink, font=font)
+            canvas.paste(Image.fromarray(image), (left, top + 2 * LINE))
     return np.asarray(canvas)
+
+
+def fitted(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+    """The text, its middle given up for … until it is at most `room` px wide in the font."""
+    shown, kept = text, len(text)
+    while font.getlength(shown) > room and kept > 2:
+        kept -= 1
+        shown = f"{text[: (kept + 1) // 2]}…{text[-(kept // 2) :]}"
+    return shown
 
 
 def draw_curve(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -106,12 +115,14 @@ def draw_similarity(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 def tier_table(evaluation: Evaluation) -> str:
     """The table of a report: a Markdown row per severity tier."""
-    heads = [f"input {metric.label} | restored {metric.label}" for metric in METRICS.values()]
+    heads = [f"input {metric.label} | restored {metric.label}" for metric in evaluation.metrics().values()]
     heads.insert(1, "gain, dB (95 % interval)")
-    lines = [f"| tier | pairs | {' | '.join(heads)} |", "|---|---:|" + "---:|" * (2 * len(METRICS) + 1)]
+    lines = [f"| tier | pairs | {' | '.join(heads)} |", "|---|---:|" + "---:|" * (2 * len(evaluation.metrics()) + 1)]
     for row in evaluation.tiers():
         interval = f"{row.low:+.3f} … {row.high:+.3f}" if np.isfinite(row.low) else "one sample: no interval"
-        cells = [f"{row.input[n]:.{m.digits}f} | {row.restored[n]:.{m.digits}f}" for n, m in METRICS.items()]
+        cells = [
+            f"{row.input[n]:.{m.digits}f} | {row.restored[n]:.{m.digits}f}" for n, m in evaluation.metrics().items()
+        ]
         cells.insert(1, f"{row.gain:+.3f} ({interval})")
         lines.append(f"| {row.tier} | {row.pairs} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -119,7 +130,7 @@ def tier_table(evaluation: Evaluation) -> str:
 
 def tier_lines(evaluation: Evaluation) -> list[str]:
     """The table as plain lines for a terminal."""
-    others = {name: metric for name, metric in METRICS.items() if name != "psnr"}
+    others = {name: metric for name, metric in evaluation.metrics().items() if name != "psnr"}
     lines = []
     for row in evaluation.tiers():
         line = f"{row.tier:9s} {row.pairs:4d} pairs  {row.input['psnr']:6.2f} → {row.restored['psnr']:6.2f} dB  "
@@ -176,7 +187,7 @@ def write_report(
 ) -> None:
     """report.md beside panel.png and (with `curve`) curve.png. `before`: similarities at the start of the run."""
     tiles = len({score.key for score in evaluation.scores})
-    notes_of_metrics = " ".join(f"{metric.label}: {metric.note}." for metric in METRICS.values())
+    notes_of_metrics = " ".join(f"{metric.label}: {metric.note}." for metric in evaluation.metrics().values())
     lines = [f"# {title}", "", verdict(evaluation), *notes, "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", "## Gain over the blurry input", "", tier_table(evaluation), ""]

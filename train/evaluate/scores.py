@@ -11,23 +11,35 @@ import torch
 
 from data.blur import TIERS
 from data.shards.set import ShardSet
-from train.evaluate.metrics import METRICS, bootstrap_mean_interval, measured, to_uint8
+from train.evaluate.metrics import (
+    METRICS,
+    Metric,
+    as_picture,
+    bootstrap_mean_interval,
+    measured,
+    metric_names,
+    to_uint8,
+)
 
 VALIDATION_SEED = 0  # the validation list is the same for every training seed
 PANEL_TIERS = ("severe", "extreme", "moderate")
 SEVERE = ("severe", "extreme")
 INTERVAL_LEVEL = 0.95
+INPUT = "input"
+TRIVIAL = (INPUT, "gaussian", "unsharp")  # what anyone can do without a model; the first wins where they are equal
 
 
 @dataclass(frozen=True)
 class Score:
-    """One restored pair: the blurry input and the restored picture measured by every metric of `METRICS`."""
+    """One restored pair: the blurry input, the restored picture and what each yardstick makes of the input (by name),
+    measured by the same metrics."""
 
     key: str
     tier: str
     extent: float
     input: dict[str, float]
     restored: dict[str, float]
+    yardsticks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def gain(self) -> float:
@@ -37,7 +49,12 @@ class Score:
 
 @dataclass(frozen=True)
 class TierSummary:
-    """Means over the pairs of one tier; `low`, `high` bound the mean gain (95 %, bootstrap over samples)."""
+    """Means over the pairs of one tier; `low`, `high` bound the mean gain (95 %, bootstrap over samples).
+
+    yardsticks: means of those that every pair of the tier has. trivial: the best of the input itself and the trivial
+    yardsticks in this tier, by mean PSNR; over_trivial: the mean paired gain over it, dB, the headline; over_low,
+    over_high bound it.
+    """
 
     tier: str
     pairs: int
@@ -47,15 +64,21 @@ class TierSummary:
     high: float
     input: dict[str, float]
     restored: dict[str, float]
+    yardsticks: dict[str, dict[str, float]]
+    trivial: str
+    over_trivial: float
+    over_low: float
+    over_high: float
 
     def record(self) -> dict[str, Any]:
         """Plain values for metrics.jsonl: `input_` and `restored_` before the names of metrics."""
         facts = {"tier": self.tier, "pairs": self.pairs, "samples": self.samples}
-        for name in METRICS:
-            facts |= {f"input_{name}": self.input[name], f"restored_{name}": self.restored[name]}
+        for name, value in self.input.items():
+            facts |= {f"input_{name}": value, f"restored_{name}": self.restored[name]}
             if name == "psnr":
                 facts |= {"gain": self.gain, "low": self.low, "high": self.high}
-        return facts
+        over = {name: getattr(self, name) for name in ("trivial", "over_trivial", "over_low", "over_high")}
+        return facts | over | {"yardsticks": self.yardsticks}
 
 
 @dataclass
@@ -80,6 +103,10 @@ class Evaluation:
                 summaries.append(_summary(tier, rows))
         return summaries
 
+    def metrics(self) -> dict[str, Metric]:
+        """What the scores were measured by, in the table's order."""
+        return {name: metric for name, metric in METRICS.items() if all(name in score.input for score in self.scores)}
+
     def severe_gain(self) -> float:
         """Mean gain over the severe and extreme pairs, dB: what the best checkpoint is chosen by."""
         gains = [score.gain for score in self.scores if score.tier in SEVERE]
@@ -96,13 +123,29 @@ class Evaluation:
 
 
 def _summary(tier: str, rows: Sequence[Score]) -> TierSummary:
-    def means(pictures: Sequence[dict[str, float]]) -> dict[str, float]:
-        return {name: float(np.mean([each[name] for each in pictures])) for name in METRICS}
+    def mean(pictures: Sequence[dict[str, float]]) -> dict[str, float]:
+        return {name: float(np.mean([each[name] for each in pictures])) for name in pictures[0]}
 
-    keys, gains = [score.key for score in rows], [score.gain for score in rows]
-    low, high = bootstrap_mean_interval(gains, keys, level=INTERVAL_LEVEL)
-    sizes, pictures = (len(rows), len(set(keys))), ([each.input for each in rows], [each.restored for each in rows])
-    return TierSummary(tier, *sizes, float(np.mean(gains)), low, high, *map(means, pictures))
+    def gain_over(pictures: Sequence[dict[str, float]]) -> tuple[float, float, float]:
+        gains = [row.restored["psnr"] - each["psnr"] for row, each in zip(rows, pictures, strict=True)]
+        return float(np.mean(gains)), *bootstrap_mean_interval(gains, keys, level=INTERVAL_LEVEL)
+
+    keys, common = [row.key for row in rows], set.intersection(*(set(row.yardsticks) for row in rows))
+    compared = {INPUT: [row.input for row in rows]}
+    compared |= {name: [row.yardsticks[name] for row in rows] for name in rows[0].yardsticks if name in common}
+    means = {name: mean(pictures) for name, pictures in compared.items()}
+    trivial = max((name for name in means if name in TRIVIAL), key=lambda name: means[name]["psnr"])
+    return TierSummary(
+        tier,
+        len(rows),
+        len(set(keys)),
+        *gain_over(compared[INPUT]),
+        means.pop(INPUT),
+        mean([row.restored for row in rows]),
+        means,
+        trivial,
+        *gain_over(compared[trivial]),
+    )
 
 
 @torch.no_grad()
@@ -125,7 +168,7 @@ def evaluate_pairs(
     rank must call it equally often. on_forward is called after each, and may end the evaluation by an exception. The
     network is left in the mode it came in.
     """
-    was_training = network.training
+    was_training, names = network.training, metric_names("every")
     network.eval()
     result = Evaluation()
     sums: list[torch.Tensor] = []
@@ -133,12 +176,12 @@ def evaluate_pairs(
         for pair in pairs:
             blurry, sharp = (pair[name][None].to(device).float().div(255) for name in ("blurry", "sharp"))
             out = network(blurry)
-            seen, restored, truth = (to_uint8(image)[0] for image in (blurry, out.restored[-1], sharp))
-            scores = measured(seen, truth), measured(restored, truth)
+            seen, restored, truth = (to_uint8(image) for image in (blurry, out.restored[-1], sharp))
+            scores = measured(seen, truth, names)[0], measured(restored, truth, names)[0]
             score = Score(pair["key"], pair["tier"], float(pair["extent"]), *scores)
             result.scores.append(score)
             if pair["number"] in keep:
-                result.pictures.append((score, seen, restored, truth))
+                result.pictures.append((score, *(as_picture(image[0]) for image in (seen, restored, truth))))
             if teacher is not None and similarity is not None and out.prior is not None:
                 target = teacher(sharp)
                 seen_by = [out.prior, teacher(blurry), *([out.student] if out.student is not None else [])]

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from train.config.schema import Config
 from train.engine.engine import Engine
-from train.evaluate.metrics import METRICS
 from train.evaluate.report import draw_curve, draw_panel, draw_similarity, tier_lines, write_report
 from train.evaluate.scores import Evaluation
 from train.log import log
@@ -92,7 +91,7 @@ class Records:
         self.folder.append_metrics({"step": step, **finite(evaluation.record())})
         rows = evaluation.tiers()
         self._scalars("gain", {row.tier: row.gain for row in rows}, step)
-        for name in METRICS:
+        for name in evaluation.metrics():
             self._scalars(name, {row.tier: row.restored[name] for row in rows}, step)
         self._scalars("similarity", {f"level{n}": value for n, value in enumerate(evaluation.similarity, 1)}, step)
         self._writer.add_image("panel", draw_panel(evaluation.pictures), step, dataformats="HWC")
