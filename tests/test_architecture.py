@@ -31,7 +31,7 @@ FLOORS = {
         ("evaluate",),
         ("run",),
         ("experiments", "demo"),
-        ("cli", "main", "ablation"),
+        ("cli", "main"),
     ),
 }
 

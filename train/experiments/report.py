@@ -222,6 +222,9 @@ def similarity_table(made: Sequence[Made]) -> list[str]:
             above = [a - b for a, b in zip(prior, blurry, strict=True)]
             cells.append(f"{_spread(prior)} ({_spread(above, sign='+')})")
         lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
+    some = next(iter(measured.values()))
+    blurry = [_spread([run["blurry_similarity"][level] for run in some]) for level in levels]
+    lines.append(f"| teacher on the blurry picture | {len(some)} | " + " | ".join(blurry) + " |")
     lines += [
         "",
         "Mean cosine of standardised features ± sample standard deviation over the seeds; in brackets how far it",

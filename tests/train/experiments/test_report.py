@@ -70,4 +70,5 @@ def test_similarities_are_the_mean_and_spread_over_the_seeds():
     runs = [made("a", seed, 0.0, similarity=[0.5 + 0.1 * seed, 0.9]) for seed in (0, 2)]
     text = "\n".join(similarity_table([*runs, made("b", 0, 0.0)]))
     assert "| a | 2 | 0.600 ± 0.141 (+0.100 ± 0.141) | 0.900 ± 0.000 (+0.400 ± 0.000) |" in text
+    assert "| teacher on the blurry picture | 2 | 0.500 ± 0.000 | 0.500 ± 0.000 |" in text
     assert "| b |" not in text

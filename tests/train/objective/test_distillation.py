@@ -15,8 +15,6 @@ from train import ROOT
 from train.checkpoint.export import export_model
 from train.checkpoint.saved import load_model
 from train.config.file import ConfigError, configure
-from train.experiments import ablation
-from train.experiments.ablation import table
 from train.plan.dry_run import dry_run
 from train.run.schedule import cfl_weight
 from train.run.shares import StepShares, mean_shares
@@ -183,30 +181,3 @@ def test_shares_count_training_steps_alone():
     distill, whole = {"backbone": 0.0, "student": 1.0}, {"backbone": 0.5, "student": 0.5}
     assert mean_shares([{"shares": each} for each in (distill, whole, whole)]) == whole
     assert mean_shares([{"step": 1}]) == {}
-
-
-def test_the_ablation_s_table_is_the_mean_and_spread_over_seeds():
-    def ends(*levels: float) -> list[dict]:
-        return [{"similarity": [level, 2 * level], "blurry_similarity": [0.1, 0.2]} for level in levels]
-
-    lines = table({"cross-level": ends(0.2, 0.3, 0.4), "same-level": ends(0.25)}).splitlines()
-    assert lines[0] == "| way | seeds | level 1, stride 4 | level 2, stride 8 |"
-    assert lines[2] == "| cross-level | 3 | 0.300 ± 0.100 (+0.200 ± 0.100) | 0.600 ± 0.200 (+0.400 ± 0.200) |"
-    assert lines[3] == "| same-level | 1 | 0.250 (+0.150) | 0.500 (+0.300) |"
-    assert lines[4] == "| teacher on the blurry image | 3 | 0.100 ± 0.000 | 0.200 ± 0.000 |"
-
-
-def test_the_ablation_takes_finished_runs_and_refuses_others(runs, vit_run, tmp_path, capsys):
-    """On the run above: nothing is trained again, and settings that are not the run's are refused."""
-    root = tmp_path / "ablation"
-    root.mkdir()
-    (root / "cross-level-seed3").symlink_to(runs.folder(vit_run))
-    command = ["--config", str(runs.folder(vit_run) / "config.yaml"), "--root", str(root)]
-    command += ["--ways", "cross-level", "--seeds", "3"]
-    ablation.main(command)
-    last = [record for record in runs.records(vit_run) if "tiers" in record][-1]
-    said = capsys.readouterr().out
-    assert f"| cross-level | 1 | {last['similarity'][0]:.3f} (" in said
-    assert (root / "ablation.md").read_text() == said
-    with pytest.raises(ValueError, match="holds a run with other settings: choose another --root"):
-        ablation.main([*command, "--set", "loss.context=0.3"])

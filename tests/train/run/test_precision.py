@@ -10,7 +10,6 @@ from rich.console import Console
 
 from train.config.file import dump_config, load_config
 from train.config.schema import Config
-from train.experiments import ablation
 from train.plan.cost import Cluster
 from train.plan.kernels import kernel_cases
 from train.plan.report import print_plan
@@ -147,12 +146,6 @@ def test_plans_count_auto_as_bf16(tmp_path, capsys):
     console = Console(width=200, record=True)
     print_plan(config, Cluster(1, 2), console)
     assert "; bf16 (auto)" in console.export_text()
-
-
-def test_a_study_whose_runs_could_differ_is_refused(tmp_path):
-    (tmp_path / "a.yaml").write_text("engine: {precision: auto}\n")
-    with pytest.raises(ValueError, match=r"a\.yaml: engine\.precision auto may choose otherwise in each run"):
-        ablation.main(["--config", str(tmp_path / "a.yaml"), "--root", str(tmp_path / "runs")])
 
 
 def test_a_run_writes_what_it_took_and_goes_on_with_it(runs):
