@@ -11,6 +11,7 @@ from torch import nn
 from model.backbones import BACKBONES, PRESETS
 from model.config import ModelConfig, SpeConfig
 from model.encoder import EncoderSpec, build_encoder, level_channels, teacher_specs
+from model.gate import STRIDE, CorrectionGate
 from model.names import choose, unknown_name
 from model.padding import pad_to_multiple
 from model.prior import PriorNetwork
@@ -20,11 +21,13 @@ from model.statistics import FeatureStatistics
 
 class Deblurred(NamedTuple):
     """What a deblurrer gives: restored images, the full-size one last; the prior's levels r_l; the student's own
-    features s_l where they can be compared with the first teacher's. None without a prior."""
+    features s_l where they can be compared with the first teacher's. None without a prior. extent: what a gate takes
+    for log₂(1 + the blur's extent in px) [B], None without one."""
 
     restored: tuple[torch.Tensor, ...]
     prior: tuple[torch.Tensor, ...] | None
     student: tuple[torch.Tensor, ...] | None = None
+    extent: torch.Tensor | None = None
 
 
 class Deblurrer(nn.Module):
@@ -38,7 +41,14 @@ class Deblurrer(nn.Module):
     A fresh embedding is an exact identity, so a new prior leaves a pretrained backbone as it was.
     """
 
-    def __init__(self, backbone: nn.Module, prior: PriorNetwork | None = None, spe: SpeConfig | None = None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        prior: PriorNetwork | None = None,
+        spe: SpeConfig | None = None,
+        *,
+        gate: bool = False,
+    ) -> None:
         super().__init__()
         self.backbone, self.prior = backbone, prior
         self.spe = nn.ModuleDict()
@@ -56,6 +66,11 @@ class Deblurrer(nn.Module):
             read = [prior.channels[level] for level in self.read]
             self.spe[name] = SemanticPriorEmbedding(read, channels, spe.dim, spe.groups, spe.heads)
         self.multiple = math.lcm(backbone.stride_multiple, prior.strides[-1] if prior is not None else 1)
+        self.gate = None
+        if gate:
+            self.gated_by = prior.strides.index(STRIDE) if prior is not None and STRIDE in prior.strides else None
+            self.gate = CorrectionGate(prior.channels[self.gated_by] if self.gated_by is not None else 0)
+            self.multiple = math.lcm(self.multiple, STRIDE)
 
     def forward(self, blurry: torch.Tensor, *given: torch.Tensor, prior_only: bool = False) -> Deblurred:
         """Restore; with `prior_only` run the prior network alone (stage `distill`; `restored` is then empty).
@@ -83,16 +98,23 @@ class Deblurrer(nn.Module):
             rows, columns = padded.shape[-2:]
             return tuple(m[..., : -(-height * m.shape[-2] // rows), : -(-width * m.shape[-1] // columns)] for m in maps)
 
-        restored = () if prior_only else cropped(self._restore(padded, levels))
+        restored, extent = ((), None) if prior_only else self._restore(padded, levels)
         if levels is None:
-            return Deblurred(restored, None)
+            return Deblurred(cropped(restored), None, None, extent)
         comparable = features is not None and self.prior.comparable
-        return Deblurred(restored, cropped(levels), cropped(features) if comparable else None)
+        return Deblurred(cropped(restored), cropped(levels), cropped(features) if comparable else None, extent)
 
-    def _restore(self, padded: torch.Tensor, levels: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
-        if not self.spe:
-            return self.backbone(padded)
-        standard = self.prior.standardise(levels)
+    def _restore(
+        self, padded: torch.Tensor, levels: tuple[torch.Tensor, ...] | None
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        standard = self.prior.standardise(levels) if levels is not None else None
+        restored = self.backbone(padded) if not self.spe else self._embedded(padded, standard)
+        if self.gate is None:
+            return restored, None
+        level = standard[self.gated_by] if standard is not None and self.gated_by is not None else None
+        return self.gate(padded, restored, level)
+
+    def _embedded(self, padded: torch.Tensor, standard: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         scaled = tuple(standard[level] for level in self.read)
 
         def embed(name: str, feature: torch.Tensor) -> torch.Tensor:
@@ -120,7 +142,7 @@ def build_deblurrer(config: ModelConfig, *, seed: int = 0, read_weights: bool = 
         torch.manual_seed(seed)
         network = build_backbone(**config.backbone)
         if not config.prior:
-            return Deblurrer(network)
+            return Deblurrer(network, gate=config.gate)
         specs = teacher_specs(config)
         encoder = build_encoder(
             specs[0] if student.name is None else EncoderSpec(student.name, student.weights, config.levels),
@@ -131,7 +153,7 @@ def build_deblurrer(config: ModelConfig, *, seed: int = 0, read_weights: bool = 
             seed=seed,
         )
         prior = PriorNetwork(encoder, [level_channels(spec) for spec in specs], student)
-        return Deblurrer(network, prior, config.spe)
+        return Deblurrer(network, prior, config.spe, gate=config.gate)
 
 
 def build_backbone(name: str, **settings: Any) -> nn.Module:

@@ -90,6 +90,9 @@ class LossSection(Section):
     """Weight of the L1 distance of orthonormal Fourier transforms."""
     terms: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of further terms of that table, by name."""
+    extent: float = Field(default=0.1, ge=0)
+    """Weight of the error of the blur's extent that model.gate predicts, |log₂ of (1 + px)|, of pairs whose extent is
+    known."""
     cfl: float = Field(default=0.1, ge=0)
     """Weight λ of cross-level feature learning beside the restoration loss; in distill steps its weight is 1."""
     cfl_final: float | None = Field(default=None, ge=0)

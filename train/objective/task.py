@@ -94,6 +94,10 @@ class DeblurTask:
         if not distill:
             loss, parts = self.restoration(out.restored, sharp)
             total = total + loss
+            if out.extent is not None and self.config.loss.extent:
+                parts["extent"] = extent_error(out.extent, batch["extent"].to(self.device, non_blocking=True))
+                total = total + self.config.loss.extent * parts["extent"]
+                parts["extent"] = parts["extent"].detach()
         weight = 1.0 if distill else self.config.loss.cfl if cfl is None else cfl
         if self.teacher is not None and self.features is not None and weight > 0:
             if self.targets is None:
@@ -133,6 +137,13 @@ def check_loss(config: Config) -> None:
     """ValueError for a loss that the configuration names and no table knows, whether this run would use it or not."""
     RestorationLoss(config.loss)
     choose("loss.match", config.loss.match, MATCHES)
+
+
+def extent_error(predicted: Tensor, extent: Tensor) -> Tensor:
+    """Mean |predicted − log₂(1 + extent)| over the pairs whose extent [B] in px is known (not NaN), 0 where none is."""
+    known = extent.isfinite()
+    apart = (predicted.float() - torch.log2(1 + extent.nan_to_num())).abs() * known
+    return apart.sum() / known.sum().clamp(min=1)
 
 
 def as_float(images: Tensor, device: torch.device) -> Tensor:
