@@ -24,12 +24,13 @@ FLOORS = {
     ),
     "train": (
         ("log",),
-        ("config",),
-        ("engine", "objective", "restore"),
+        ("page", "config"),
+        ("engine", "objective"),
         ("checkpoint", "plan", "watch"),
+        ("restore",),
         ("evaluate",),
         ("run",),
-        ("experiments",),
+        ("experiments", "demo"),
         ("cli", "main", "ablation"),
     ),
 }
@@ -163,14 +164,14 @@ def test_every_wing_says_its_sentence_and_names_its_face():
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [
-        ("train/config/bad.py", "from train.run.session import Session\n", "points upward: floor 1 → 5"),
-        ("train/engine/bad.py", "def f():\n    import train.restore.tiles\n", "points sideways: floor 2 → 2"),
+        ("train/config/bad.py", "from train.run.session import Session\n", "points upward: floor 1 → 6"),
+        ("train/engine/bad.py", "def f():\n    import train.objective.task\n", "points sideways: floor 2 → 2"),
         ("model/bad.py", "\nfrom data.errors import DataError\n", "model must not import data.errors"),
         ("data/blur/bad.py", "from data import stream\n", "points upward: floor 3 → 4"),
     ],
 )
 def test_a_wrong_arrow_is_told_with_file_and_line(tmp_path, file, text, told):
-    for folder in ("train/run", "train/restore", "train/config", "train/engine", "model", "data/blur", "data/stream"):
+    for folder in ("train/run", "train/objective", "train/config", "train/engine", "model", "data/blur", "data/stream"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / file).write_text(text)
     (line,) = wrong_arrows(list(imports_of(tmp_path / file, tmp_path)))

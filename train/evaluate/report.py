@@ -12,33 +12,43 @@ from PIL import Image, ImageDraw, ImageFont
 
 from train.evaluate.scores import Evaluation, Score
 
-GAP, LABEL = 6, 22  # px between pictures, and of the line of text above a row
+GAP, LINE, CELL = 8, 18, 190  # px between pictures, of a line of text, and of the narrowest column that holds a caption
 
 
 def draw_panel(pictures: Sequence[tuple[Score, np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
     """Rows of blurry | restored | sharp with tier, extent and PSNR above each; uint8 RGB [H, W, 3].
 
-    Every picture is shown pixel for pixel. ValueError on no pictures.
+    Every picture is shown pixel for pixel; two lines above it have a column's width, and end in … where it is too
+    narrow for them. ValueError on no pictures.
     """
     if not pictures:
         raise ValueError("a panel needs at least one pair of pictures")
     height, width = pictures[0][1].shape[:2]
-    canvas = Image.new("RGB", (3 * width + 4 * GAP, len(pictures) * (height + LABEL + GAP) + GAP), (24, 24, 24))
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=14)
+    column, row_height = max(width, CELL) + GAP, 2 * LINE + height + 2 * GAP
+    canvas = Image.new("RGB", (3 * column + GAP, len(pictures) * row_height + GAP), (24, 24, 24))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
     for row, (score, *images) in enumerate(pictures):
-        top = GAP + row * (height + LABEL + GAP)
-        extent = f" {score.extent:.0f} px," if math.isfinite(score.extent) else ""  # of recorded pairs it is not known
+        extent = f", {score.extent:.0f} px" if math.isfinite(score.extent) else ""  # of recorded pairs it is not known
         texts = (
-            f"blurry: {score.tier},{extent} {score.input['psnr']:.2f} dB",
-            f"restored: {score.restored['psnr']:.2f} dB ({score.gain:+.2f})",
-            f"sharp: {score.key}",
+            (f"blurry: {score.tier}{extent}", f"{score.input['psnr']:.2f} dB"),
+            ("restored", f"{score.restored['psnr']:.2f} dB ({score.gain:+.2f} over the blurry)"),
+            ("sharp", score.key),
         )
-        for column, (text, image) in enumerate(zip(texts, images, strict=True)):
-            left = GAP + column * (width + GAP)
-            draw.text((left, top + 2), text, fill=(235, 235, 235), font=font)
-            canvas.paste(Image.fromarray(image), (left, top + LABEL))
+        for place, (lines, image) in enumerate(zip(texts, images, strict=True)):
+            left, top = GAP + place * column, GAP + row * row_height
+            for n, (line, ink) in enumerate(zip(lines, ((235, 235, 235), (170, 170, 170)), strict=True)):
+                draw.text((left, top + n * LINE), fitted(line, font, column - GAP), fill=ink, font=font)
+            canvas.paste(Image.fromarray(image), (left, top + 2 * LINE))
     return np.asarray(canvas)
+
+
+def fitted(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+    """The text, its middle given up for … until it is at most `room` px wide in the font."""
+    shown, kept = text, len(text)
+    while font.getlength(shown) > room and kept > 2:
+        kept -= 1
+        shown = f"{text[: (kept + 1) // 2]}…{text[-(kept // 2) :]}"
+    return shown
 
 
 def draw_curve(records: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The page to try a model on: upload, compare, play with a blur."""

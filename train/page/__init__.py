@@ -1,0 +1,1 @@
+"""Pages of one file for a browser: text, tables, charts and pictures, with nothing to fetch."""
