@@ -26,14 +26,6 @@ ITERATIONS = (5, 10, 20, 40, 60)
 ALL = "all"  # the tier of pairs whose own has no training pairs
 FORMAT = 1
 
-# What reports call them. The last two are told how the camera moved: a bound for those that are not, and no rivals.
-LABELS = {
-    "gaussian": "Gaussian smoothing",
-    "unsharp": "unsharp masking",
-    "wiener": "Wiener (told the kernel)",
-    "richardson_lucy": "Richardson–Lucy (told the kernel)",
-}
-
 
 @dataclass(frozen=True)
 class Yardsticks:
