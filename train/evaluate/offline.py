@@ -25,6 +25,7 @@ from train.config.identity import git_commit, versions
 from train.config.schema import Config
 from train.engine.precision import keep_depthwise_in_fp32, with_precision
 from train.evaluate.book import Book
+from train.evaluate.chosen import yardsticks_of
 from train.evaluate.measure import RESTORED, Measuring
 from train.evaluate.metrics import as_picture, metric_names
 from train.evaluate.pairs import Item, Pair, PairSet
@@ -109,8 +110,18 @@ class Evaluating:
             task.load_state_dict(state)
         auto, tile = how.tile == "auto" and not pairs.whole, default_tile(model.config)
         side = tile if auto else how.tile if isinstance(how.tile, int) else None
+        # Only crops have kernels that are known; asked after the book, which refuses folders of something else.
+        yardsticks, said = yardsticks_of(model.config, model.source, folder, device, deconvolution=pairs.whole)
+        self.settings |= {"yardsticks": said}
         self.measuring = Measuring(
-            model.network, device, names=names, tile=side, auto=auto, precision=PRECISIONS[precision], task=task
+            model.network,
+            device,
+            names=names,
+            tile=side,
+            auto=auto,
+            precision=PRECISIONS[precision],
+            yardsticks=yardsticks,
+            task=task,
         )
         self.device = device
 

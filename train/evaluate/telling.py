@@ -84,6 +84,7 @@ def facts(results: Results) -> dict[str, str]:
         "restored": f"{'whole pictures' if tile == 'whole' else f'tile: {tile}'}, {settings['precision']}"
         + (f", crops of {data['crop']} px" if data.get("crop") else ""),
         "alignment": settings["alignment"],
+        "yardsticks": f"chosen on {settings['yardsticks']}",
         "device": results["device"],
         "code": results["versions"]["sharpprior"],
         "weights": model["digest"],
