@@ -22,6 +22,7 @@ from data.stream.crops import PAIRS_VERSION
 from data.stream.pairs import PAIRED
 from data.stream.validation import validation_count, validation_pairs
 from train.evaluate.scores import VALIDATION_SEED
+from train.evaluate.yardsticks import known_kernel
 
 
 class Item(NamedTuple):
@@ -36,7 +37,8 @@ class Item(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """blurry, sharp: uint8 [3, H, W]; extent of the blur in px, NaN where it is not known; its kernel, if one is."""
+    """blurry, sharp: uint8 [3, H, W]; extent of the blur in px, NaN where it is not known; the kernel [k, k] where the
+    blur is one kernel everywhere, and known."""
 
     blurry: torch.Tensor
     sharp: torch.Tensor
@@ -187,14 +189,14 @@ class ValidationPairs:
         """The pair at a place of the validation list. DataError where its photograph does not read."""
         place = {"rank": item.number, "world": self._count}
         pair = next(validation_pairs(self._shards, self._blur, **self._how, **place))
-        return Pair(pair["blurry"], pair["sharp"], float(pair["extent"]), pair["kernel"])
+        return Pair(pair["blurry"], pair["sharp"], float(pair["extent"]), known_kernel(pair))
 
 
 def fair_draw(keys: Sequence[str], scenes: Sequence[str], count: int | None) -> list[int]:
     """Places of `count` of the pictures (None: of all), in their order, spread over the scenes in proportion.
 
-    Systematic sampling by hashes of names: a scene with the share p of all pictures gets p·count of them, rounded down
-    or up; which ones depends on no order and on no generator, and a larger count only adds to a smaller one.
+    Systematic sampling by hashes of names: a scene with the share p of all pictures gets p·count of them, give or
+    take one; which ones depends on no order and on no generator, and a larger count only adds to a smaller one.
     """
     if count is None or count >= len(keys):
         return list(range(len(keys)))

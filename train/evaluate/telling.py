@@ -6,16 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.evaluate.scores import INPUT, TRIVIAL
+from train.evaluate.yardsticks import LABELS
 
 Results = Mapping[str, Any]
 FEW = 8  # scenes
-NAMES = {
-    INPUT: "the blurry input",
-    "gaussian": "Gaussian smoothing",
-    "unsharp": "unsharp masking",
-    "wiener": "Wiener, true kernel",
-    "richardson_lucy": "Richardson–Lucy, true kernel",
-}
+NAMES = {INPUT: "the blurry input", **LABELS}
 
 
 def headline(results: Results) -> tuple[str, str]:
@@ -89,6 +84,7 @@ def facts(results: Results) -> dict[str, str]:
         "restored": f"{'whole pictures' if tile == 'whole' else f'tile: {tile}'}, {settings['precision']}"
         + (f", crops of {data['crop']} px" if data.get("crop") else ""),
         "alignment": settings["alignment"],
+        "yardsticks": f"chosen on {settings['yardsticks']}",
         "device": results["device"],
         "code": results["versions"]["sharpprior"],
         "weights": model["digest"],
