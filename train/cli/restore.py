@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -142,12 +143,8 @@ def _restore_part(restorer: Restorer, found: Found, how: How, part: _Part, repor
     for job in report.videos:
         from train.restore.video import restore_video
 
-        how_far = {
-            "rank": part.rank,
-            "world": part.world,
-            "on_piece": lambda n, m, job=job: report.working(job.source, n, m),
-        }
-        report.done(restore_video(restorer, job, how, **how_far))
+        share = {"rank": part.rank, "world": part.world, "on_frame": partial(report.working, job.source)}
+        report.done(restore_video(restorer, job, how, **share))
 
 
 class _Report:
@@ -158,7 +155,7 @@ class _Report:
         self.videos: list[Job] = [job for job in found.jobs if job.is_video]
         self.skipped = found.skipped if part.rank == 0 else []
         self.total = len(self.pictures) + len(self.videos)
-        self.counts = {"restored": 0, "there": 0, "failed": 0}
+        self.counts = {"restored": 0, "there": 0, "failed": 0, "part": 0}
         self.problems: list[str] = []
         self.several = len(found.jobs) + len(found.failed) + len(found.skipped) > 1
         self._console, self._json, self._status = console, as_json, status
@@ -205,6 +202,8 @@ class _Report:
             f"{counts['restored']} restored, {counts['there']} there already, {counts['failed']} failed, "
             f"{len(self.skipped)} skipped"
         )
+        if counts["part"]:
+            text += f", {counts['part']} videos wait for the pieces of other processes"
         shown = photos[0] if len(photos) == 1 else f"{photos[0]} and {len(photos) - 1} more"
         if self.problems:
             raise ValueError(f"{shown}: {text}" if self.several else self.problems[0])

@@ -47,11 +47,12 @@ class How:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a file. size: (width, height) px. seconds: of the restoring alone."""
+    """What became of a file; `part`: this process' share of a video is done. size: (width, height) px. seconds: of the
+    restoring alone."""
 
     source: Path
     target: Path
-    status: Literal["restored", "there", "failed"]
+    status: Literal["restored", "there", "failed", "part"]
     problem: str | None = None
     size: tuple[int, int] | None = None
     seconds: float | None = None

@@ -14,6 +14,7 @@ from train.restore.picture import READABLE, PictureError
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 OTHER_PICTURES = (".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", "")
+WRITTEN_AS = {".bmp": ".png", ".avi": ".mkv", ".webm": ".mkv"}  # kinds that are read and not written
 PIPE = Path("-")
 SUFFIX = "_restored"
 
@@ -88,7 +89,7 @@ def _expanded(name: str) -> list[Path]:
 def _beside(source: Path, folder: Path | None, suffix: str | None) -> Path:
     """Where a file's result goes: into the folder, or beside it (None)."""
     suffix = suffix if suffix is not None else (SUFFIX if folder is None else "")
-    ending = ".png" if source.suffix.lower() == ".bmp" else source.suffix
+    ending = WRITTEN_AS.get(source.suffix.lower(), source.suffix)
     return (folder or source.parent) / f"{source.stem}{suffix}{ending}"
 
 
@@ -134,20 +135,20 @@ def _is_result(path: Path, suffix: str | None) -> bool:
     stem = path.stem
     if not suffix or not stem.endswith(suffix) or stem == suffix:
         return False
-    endings = {path.suffix, ".bmp"} if path.suffix == ".png" else {path.suffix}
+    endings = {path.suffix, *(old for old, new in WRITTEN_AS.items() if new == path.suffix)}
     return any(path.with_name(stem.removesuffix(suffix) + ending).exists() for ending in endings)
 
 
 def _refuse_clashes(found: Found) -> None:
-    """Give a second picture of one name another (x.bmp beside x.png); what would fall on a source is no job."""
+    """Give x.bmp beside x.png a name of its own; what would fall on a source is no job."""
     sources = {os.path.realpath(job.source) for job in found.jobs}
     taken: set[str] = set()
     jobs, found.jobs = found.jobs, []
     for job in jobs:
         target = job.target
         if target != PIPE:
-            renamed = target.name != job.source.name and job.source.suffix.lower() == ".bmp"
-            if renamed and (str(target) in taken or os.path.realpath(job.source.with_suffix(".png")) in sources):
+            renamed = job.source.suffix.lower() in WRITTEN_AS
+            if renamed and (str(target) in taken or os.path.realpath(_namesake(job)) in sources):
                 target = target.with_name(f"{job.source.name}{target.suffix}")
             if str(target) in taken:
                 found.failed.append((job.source, f"{job.source}: another picture is restored into {target} already"))
@@ -157,6 +158,11 @@ def _refuse_clashes(found: Found) -> None:
                 continue
         taken.add(str(target))
         found.jobs.append(Job(job.source, target))
+
+
+def _namesake(job: Job) -> Path:
+    """The source whose result would have the job's target's name, if it is there."""
+    return job.source.with_suffix(job.target.suffix)
 
 
 def _same(target: Path, source: Path) -> bool:

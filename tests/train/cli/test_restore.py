@@ -14,6 +14,7 @@ from PIL import Image
 from model.config import ModelConfig
 from model.deblurrer import build_deblurrer
 from model.pretrained import save_pretrained
+from tests.train.restore.test_video import film
 from train.config.file import build_config
 
 ROOT = Path(__file__).parents[3]
@@ -128,6 +129,15 @@ def test_work_is_divided_among_ranks(model, sharpprior, tmp_path, monkeypatch):
     status, text, _ = sharpprior(*arguments)
     assert (status, len(list((tmp_path / "out").iterdir()))) == (0, 5)
     assert "3 restored" in text
+
+
+def test_a_folder_with_a_video(model, sharpprior, tmp_path):
+    photo(tmp_path / "in" / "a.png")
+    film(tmp_path / "in" / "clip.mp4", count=5)
+    status, text, _ = sharpprior("restore", tmp_path / "in", "--model", model, "-o", tmp_path / "out", "--json")
+    assert status == 0
+    assert [json.loads(line)["status"] for line in text.splitlines()] == ["restored", "restored"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "clip.mp4"]
 
 
 def test_a_disk_that_is_full_half_way_leaves_nothing_half_written(model, tmp_path):
