@@ -22,7 +22,8 @@ class RunFolderError(ValueError):
 class RunFolder:
     """Paths inside `root/name`, and what is written there by rank 0.
 
-    path/config.yaml, log.txt, metrics.jsonl, checkpoints/, tensorboard/, panel.png, curve.png, report.md
+    path/config.yaml, log.txt, metrics.jsonl, checkpoints/, tensorboard/, panel.png, curve.png, report.md,
+    report.html
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,6 +34,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.panel, self.curve, self.report = (path / name for name in ("panel.png", "curve.png", "report.md"))
+        self.page = path / "report.html"
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:
