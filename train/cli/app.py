@@ -1,4 +1,4 @@
-"""The `sharpprior` command: restore and evaluate; those about data are in `train/cli/data.py`."""
+"""The `sharpprior` command: restore, plan and export; those about data are in `train/cli/data.py`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from train.cli.cache import app as cache_app
 from train.cli.console import say, usable_device, wide_console
 from train.cli.data import Overwrite
 from train.cli.data import app as data_app
+from train.cli.evaluate import app as evaluate_app
 from train.cli.networks import app as networks_app
 from train.watch.failure import explained
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     help="Restore and evaluate what train/main.py trained, and prepare data for it.",
 )
 app.add_typer(data_app)
+app.add_typer(evaluate_app)
 app.add_typer(networks_app)
 app.add_typer(cache_app, name="cache")
 Run = Annotated[Path, typer.Argument(help="Folder of a run, of one of its checkpoints, or of an exported model.")]
@@ -90,24 +92,6 @@ def restore(
     if done.failed:
         raise ValueError(f"{photo}: {counts}" if photo.is_dir() else done.failed[0])
     say(f"{out}: {counts}")
-
-
-@app.command()
-def evaluate(
-    run: Run,
-    data: Annotated[str | None, typer.Option(help="Shard set; default: the validation set of the run.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for report.md and panel.png.")] = None,
-    checkpoint: Which = "latest",
-    per_tier: Annotated[int | None, typer.Option(help="Pairs per photograph and tier; default: the run's.")] = None,
-    crop: Annotated[int | None, typer.Option(help="Side of the crops, px; default: the run's.")] = None,
-    overwrite: Overwrite = False,
-    device: Device = None,
-) -> None:
-    """Gain over the blurry input per severity tier, with intervals."""
-    from train.evaluate.offline import evaluate_saved
-
-    asked = {"data": data, "out": out, "which": checkpoint, "per_tier": per_tier, "crop": crop, "overwrite": overwrite}
-    evaluate_saved(run, **asked, device=usable_device(device))
 
 
 @app.command()

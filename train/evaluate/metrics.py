@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.names import choose
-from train.evaluate import perceptual, structure
+from train.evaluate import fidelity, perceptual
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -22,14 +22,6 @@ def to_uint8(image: Tensor) -> Tensor:
 def as_picture(image: Tensor) -> np.ndarray:
     """uint8 [3, H, W] on any device → contiguous [H, W, 3]."""
     return np.ascontiguousarray(image.movedim(0, -1).cpu().numpy())
-
-
-def psnr(restored: Tensor, sharp: Tensor) -> Tensor:
-    """PSNR in dB of uint8 RGB [B, 3, H, W] → float64 [B] on the CPU: 10·log10(255² / mean squared difference over all
-    pixels and channels), inf for equal pictures; the sum of squares is exact."""
-    difference = restored.to(torch.int32) - sharp.to(torch.int32)
-    squares = difference.square().sum(dim=(1, 2, 3), dtype=torch.int64).double().cpu()
-    return 10 * torch.log10(255.0**2 * sharp[0].numel() / squares)
 
 
 class Metric(NamedTuple):
@@ -54,21 +46,25 @@ class Metric(NamedTuple):
 # first: gains are of it.
 METRICS = {
     "psnr": Metric(
-        psnr, "PSNR", "RGB, whole picture, 8 bit, mean over pairs (equal pictures count as 60 dB)", digits=2, cap=60.0
+        fidelity.psnr,
+        "PSNR",
+        "RGB, whole picture, 8 bit, mean over pairs (equal pictures count as 60 dB)",
+        digits=2,
+        cap=fidelity.EQUAL,
     ),
-    "ssim": Metric(structure.ssim, "SSIM", "as scikit-image, Gaussian window σ 1.5, per channel", digits=4),
+    "ssim": Metric(fidelity.ssim, "SSIM", "as scikit-image, Gaussian window σ 1.5, per channel", digits=4),
     "ssim_3d": Metric(
-        structure.ssim_3d,
+        fidelity.ssim_3d,
         "SSIM 3-D",
         "as MATLAB's ssim of H×W×3, what papers print for GoPro and HIDE",
         digits=4,
         scope="full",
     ),
     "gms": Metric(
-        structure.gms, "GMS", "mean similarity of gradient magnitudes (Xue et al. 2014)", digits=4, scope="full"
+        fidelity.gms, "GMS", "mean similarity of gradient magnitudes (Xue et al. 2014)", digits=4, scope="full"
     ),
     "gmsd": Metric(
-        structure.gmsd,
+        fidelity.gmsd,
         "GMSD",
         "standard deviation of that similarity over the picture, lower is better",
         digits=4,

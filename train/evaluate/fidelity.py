@@ -1,5 +1,5 @@
-"""Structural metrics of 8-bit RGB pictures, in fp64 on the pictures' device: SSIM in two variants, and similarity of
-gradient magnitudes."""
+"""Metrics of 8-bit RGB pictures against the truth by formulas alone, in fp64: PSNR, SSIM in two variants, and the
+similarity of gradient magnitudes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from torch import Tensor
 RADIUS, SIGMA = 5, 1.5  # px: the window of Wang et al. 2004
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601, as MATLAB's rgb2gray
+EQUAL = 60.0  # dB that equal pictures count as
 GRADIENT_FLOOR = 170.0  # T of Xue et al. 2014, for luma in 0 … 255
+
+
+def psnr(restored: Tensor, sharp: Tensor) -> Tensor:
+    """PSNR in dB of uint8 RGB [B, 3, H, W] → float64 [B] on the CPU: 10·log10(255² / mean squared difference over all
+    pixels and channels), inf for equal pictures; the sum of squares is exact."""
+    difference = restored.to(torch.int32) - sharp.to(torch.int32)
+    squares = difference.square().sum(dim=(1, 2, 3), dtype=torch.int64).double().cpu()
+    return 10 * torch.log10(255.0**2 * sharp[0].numel() / squares)
 
 
 def ssim(restored: Tensor, sharp: Tensor) -> Tensor:
