@@ -22,6 +22,10 @@ Two = tuple[np.ndarray, np.ndarray]
 OnTile = Callable[[int, int], None]
 
 
+def quiet(done: int, every: int) -> None:
+    """Tell nobody."""
+
+
 @dataclass(frozen=True)
 class How:
     """The choices of a visitor: model and tile as they are called on the page, and self-ensemble."""
@@ -50,13 +54,13 @@ class Acts:
         self.models, self.limits, self.root = models, limits, root
 
     def restore(
-        self, path: Path, strength: float, how: How, visit: Visit | None, on_tile: OnTile
+        self, path: Path, strength: float, how: How, visit: Visit | None, on_tile: OnTile = quiet
     ) -> tuple[Two, str, Path, Visit]:
         """Restore an uploaded file: (before and after for the page, words, file to download, visit)."""
         return self._restore(path, None, strength, how, visit, on_tile)
 
     def restore_example(
-        self, example: Example, strength: float, how: How, visit: Visit | None, on_tile: OnTile
+        self, example: Example, strength: float, how: How, visit: Visit | None, on_tile: OnTile = quiet
     ) -> tuple[Two, str, Path, Visit]:
         """As `restore`, of a photograph whose sharp original is known, with scores."""
         visit = visit or Visit.begin(self.root)
@@ -73,7 +77,9 @@ class Acts:
         visit.photo = restore_photo(restorer, path, visit.folder, tile=tile, ensemble=how.ensemble, on_tile=on_tile)
         visit.truth = truth
         tiles = "one piece" if tile is None else f"tiles of at most {restorer.tile if tile == 'auto' else tile} px"
-        told = words.said_of_photo(visit.photo, restorer, tiles + (", eight ways" if how.ensemble else ""))
+        told = words.said_of_photo(
+            visit.photo, self.models.told(how.model), tiles + (", eight ways" if how.ensemble else "")
+        )
         pictures, score, file = self.blend(strength, visit)
         return pictures, told + score, file, visit
 
@@ -92,7 +98,9 @@ class Acts:
         self.limits.check(path)
         return play.squared(decode_image(path.read_bytes(), path.name))
 
-    def play(self, sharp: np.ndarray, points: Any, extent: float, noise: float, how: How, on_tile: OnTile) -> Played:
+    def play(
+        self, sharp: np.ndarray, points: Any, extent: float, noise: float, how: How, on_tile: OnTile = quiet
+    ) -> Played:
         """Blur a sharp photograph along a path, restore it, and score what came out."""
         if not 0 <= noise <= 10:
             raise ValueError(f"noise {noise:g}: 0 to 10")

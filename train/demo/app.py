@@ -12,17 +12,18 @@ import gradio as gr
 import numpy as np
 
 from train.demo import play
-from train.demo.acts import Acts, How
+from train.demo.acts import Acts, How, Played
 from train.demo.examples import CREDIT, blurry_examples, sharp_photos
 from train.demo.models import TILES
 from train.demo.visit import Visit
 from train.restore.picture import READABLE
 
 HERE = Path(__file__).parent
+FIRST, FIRST_PATH = 1, 5  # of the examples, and the seed of a path that is worth a look
 LISTENING = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
 BANNER = """<div class="banner"><h1>sharpprior</h1><p>Takes severe motion blur out of photographs, with a prior learned
-from another vision task. Honest about how well: where the sharp original is known, results are scored against what anyone
-can do without a model.</p></div>"""
+from another vision task. Where the sharp original is known, results are scored against what anyone can do without a
+model.</p></div>"""
 
 
 def build(acts: Acts, *, local: bool) -> gr.Blocks:
@@ -43,9 +44,11 @@ def build(acts: Acts, *, local: bool) -> gr.Blocks:
         how = [model, tile, ensemble]
         with gr.Tabs():
             with gr.Tab("Your photograph"):
-                _photo_tab(acts, how, seconds)
-            with gr.Tab("Playground", elem_id="playground"):
-                _play_tab(acts, how)
+                photo = _photo_tab(acts, how, seconds)
+            with gr.Tab("Playground"):
+                played = _play_tab(acts, how)
+        first = functools.cache(lambda: _first_look(acts))
+        page.load(first, None, [*photo, *played], show_progress="hidden", **LISTENING)
         where = "this machine alone: nothing leaves it" if local else "the machine that serves this page"
         limits = f"Up to {acts.limits.megabytes:g} MB and {acts.limits.megapixels:g} megapixels."
         kept = f"Pictures are processed on {where}, and deleted after {acts.limits.minutes:g} minutes."
@@ -53,7 +56,22 @@ def build(acts: Acts, *, local: bool) -> gr.Blocks:
     return page
 
 
-def _photo_tab(acts: Acts, how: list, seconds: float) -> None:
+def _first_look(acts: Acts) -> tuple:
+    """What a visitor finds: an example restored, and a blur played with."""
+    how, visit = How(acts.models.labels[0]), Visit.begin(acts.root)
+    pictures, words, *_ = acts.restore_example(blurry_examples()[FIRST], 1.0, how, visit)
+    visit.end()
+    points, extent = play.sample_path("severe", np.random.default_rng(FIRST_PATH))
+    done = acts.play(next(iter(sharp_photos().values())), points, extent, 1.0, how)
+    return pictures, f'<p class="facts">An example:</p>{words}', *_as_shown(done), {"points": points}, extent
+
+
+def _as_shown(done: Played) -> tuple:
+    return done.sharp, (done.blurry, done.restored), done.words, done.kernel
+
+
+def _photo_tab(acts: Acts, how: list, seconds: float) -> list:
+    """The tab; the components that a first look fills."""
     examples = blurry_examples()
     visit = gr.State(None, time_to_live=seconds, delete_callback=lambda value: value and value.end())
     with gr.Row():
@@ -67,14 +85,15 @@ def _photo_tab(acts: Acts, how: list, seconds: float) -> None:
                 0, 1, value=1, step=0.05, label="Strength", elem_id="strength",
                 info="0: the photograph as it is; 1: all that the model does.",
             )  # fmt: skip
+            gr.HTML('<p class="lead">No photograph at hand? Take one of these; their originals are known.</p>')
             gallery = gr.Gallery(
-                [(each.blurry, each.name) for each in examples], label="Or take one of these, whose original is known",
-                columns=4, height=170, allow_preview=False, object_fit="cover", buttons=[], elem_id="examples",
-                interactive=False, format="jpeg",
+                [(each.blurry, each.tier) for each in examples], show_label=False, columns=4, height="auto",
+                allow_preview=False, object_fit="cover", buttons=[], elem_id="examples", interactive=False,
+                format="jpeg",
             )  # fmt: skip
         with gr.Column(scale=3, min_width=320):
             slider = gr.ImageSlider(
-                label="Before and after: drag the line", format="png", type="numpy", interactive=False, max_height=640,
+                label="Left: before. Right: restored", format="png", type="numpy", interactive=False, max_height=640,
                 elem_id="compare", buttons=["fullscreen"],
             )  # fmt: skip
             told = gr.HTML(elem_id="told")
@@ -109,9 +128,11 @@ def _photo_tab(acts: Acts, how: list, seconds: float) -> None:
     again.click(restore, [file, *inputs], outputs, show_progress_on=slider, **LISTENING)
     gallery.select(example, inputs, outputs, show_progress_on=slider, **LISTENING)
     strength.release(blend, [strength, visit], outputs[:3], show_progress="hidden", **LISTENING)
+    return outputs[:2]
 
 
-def _play_tab(acts: Acts, how: list) -> None:
+def _play_tab(acts: Acts, how: list) -> list:
+    """The tab; the components that a first look fills."""
     photos = sharp_photos()
     first = next(iter(photos.values()))
     sharp = gr.State(first)
@@ -132,15 +153,16 @@ def _play_tab(acts: Acts, how: list) -> None:
                 )  # fmt: skip
                 shake = gr.Button("Shake the camera", variant="primary", elem_id="shake", min_width=150)
             noise = gr.Slider(0, 5, value=1, step=0.5, label="Sensor noise", info="1: an ordinary camera's.")
+            gr.HTML('<p class="lead">Sharp photograph</p>')
             gallery = gr.Gallery(
-                [(photo, name.partition("_")[0]) for name, photo in photos.items()], label="Sharp photograph", columns=5,
-                height=130, allow_preview=False, object_fit="cover", buttons=[], elem_id="sharp-photos",
-                interactive=False, format="jpeg",
+                [(photo, title) for title, photo in photos.items()], show_label=False, columns=5, height="auto",
+                allow_preview=False, object_fit="cover", buttons=[], elem_id="sharp-photos", interactive=False,
+                format="jpeg",
             )  # fmt: skip
-            own = gr.File(label="Or a sharp one of yours", file_types=list(READABLE), height=110, elem_id="own")
+            own = gr.File(label="Or a sharp one of yours", file_types=list(READABLE), height=140, elem_id="own")
         with gr.Column(scale=3, min_width=320):
             slider = gr.ImageSlider(
-                label="Blurry and restored: drag the line", format="png", type="numpy", interactive=False,
+                label="Left: blurry. Right: restored", format="png", type="numpy", interactive=False,
                 max_height=560, elem_id="play-compare", buttons=["fullscreen"],
             )  # fmt: skip
             told = gr.HTML(elem_id="scores")
@@ -160,11 +182,14 @@ def _play_tab(acts: Acts, how: list) -> None:
         if not points:
             return sharp, *[gr.skip()] * 3
         done = acts.play(sharp, points, extent, noise, How(model, tile, ensemble), shown_by(progress))
-        return done.sharp, (done.blurry, done.restored), done.words, done.kernel
+        return _as_shown(done)
 
     def shaken(tier: str):
         points, extent = play.sample_path(tier, np.random.default_rng())
-        return {"points": points}, round(extent)
+        return {"points": points}, extent
+
+    def chosen(event: gr.SelectData):
+        return list(photos.values())[event.index]
 
     @told_to_the_visitor
     def own_photo(path):
@@ -177,8 +202,9 @@ def _play_tab(acts: Acts, how: list) -> None:
     extent.release(**run)
     noise.release(**run)
     shake.click(shaken, tier, [pad, extent], **quick).then(**run)
-    gallery.select(lambda event: list(photos.values())[event.index], None, sharp, **quick).then(**run)
+    gallery.select(chosen, None, sharp, **quick).then(**run)
     own.upload(own_photo, own, sharp, **quick).success(**run)
+    return [*run["outputs"], pad, extent]
 
 
 def shown_by(progress: gr.Progress) -> Callable[[int, int], None]:

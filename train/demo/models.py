@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from train.checkpoint.saved import describe
 from train.restore.restorer import Restorer, Tile
 
 LOADED = 2  # models in memory at once
@@ -27,7 +29,7 @@ class Models:
         checkpoint: str = "latest",
         precision: str | None = None,
     ) -> None:
-        self._names = {name or SHIPPED: name for name in names}
+        self._names = labelled(names)
         self._how = {"device": device, "checkpoint": checkpoint, "precision": precision}
         self._loaded: OrderedDict[str, Restorer] = OrderedDict()
         self._lock = threading.Lock()
@@ -37,6 +39,11 @@ class Models:
     def labels(self) -> list[str]:
         """What they are called on the page."""
         return list(self._names)
+
+    def told(self, label: str) -> str:
+        """The label, and the step of a run's checkpoint."""
+        source = self.get(label).source
+        return f"{label}, {describe(source)}" if source is not None and source.is_dir() else label
 
     def get(self, label: str) -> Restorer:
         """The model of a label. ValueError for a label that is none, and where it does not load."""
@@ -51,6 +58,19 @@ class Models:
             return self._loaded[label]
 
 
+def labelled(names: Sequence[str | None]) -> dict[str, str | None]:
+    """Names by what the page calls them: no more of a path than tells it from the others, as visitors need not know
+    where things lie on the machine that serves."""
+    labels: dict[str, str | None] = {}
+    for name in dict.fromkeys(names):
+        parts, kept = Path(name or SHIPPED).parts, 1
+        others = [Path(other or SHIPPED).parts for other in names if other != name]
+        while kept < len(parts) and any(other[-kept:] == parts[-kept:] for other in others):
+            kept += 1
+        labels["/".join(parts[-kept:])] = name
+    return labels
+
+
 def tile_of(choice: str, height: int, width: int) -> Tile:
     """What `Restorer` takes for a choice of `TILES`. ValueError for another one, and for too large a whole picture."""
     if choice not in TILES:
@@ -58,8 +78,8 @@ def tile_of(choice: str, height: int, width: int) -> Tile:
     if choice == TILES[-1]:
         if height * width > WHOLE_MEGAPIXELS * 1e6:
             raise ValueError(
-                f"{width}×{height} px in one piece need much memory: up to {WHOLE_MEGAPIXELS:g} megapixels here; choose "
-                "tiles, which have no seams"
+                f"{width}×{height} px in one piece need much memory: up to {WHOLE_MEGAPIXELS:g} megapixels here; "
+                "choose tiles, which have no seams"
             )
         return None
     return choice if choice == "auto" else int(choice)

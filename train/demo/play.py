@@ -105,9 +105,10 @@ def scored(sharp: np.ndarray, blurry: np.ndarray, restored: np.ndarray, kernel: 
     best = choose([moments(seen, truth, ALL)])
     made = best.apply(seen, ALL)
     sigma, (radius, amount) = best.gaussian[ALL], best.unsharp[ALL]
+    smoothing = f"best Gaussian smoothing, σ {sigma:g} px" if sigma else "Gaussian smoothing: none helps"
+    mask = f"best unsharp mask, σ {radius:g} px, amount {amount:g}" if amount else "unsharp mask: none helps"
     rows = [("blurry, as it is", "blurry", seen)]
-    rows.append((f"best Gaussian smoothing (σ {sigma:g} px)", "trivial", made["gaussian"]))
-    rows.append((f"best unsharp mask (σ {radius:g} px, amount {amount:g})", "trivial", made["unsharp"]))
+    rows += [(smoothing, "trivial", made["gaussian"]), (mask, "trivial", made["unsharp"])]
     if kernel is not None and len(kernel) > 1:
         light = seen.float().div(255)
         tries = [to_uint8(wiener(light, kernel, noise)) for noise in NOISES]

@@ -62,8 +62,10 @@ def serve(
     folder = Path(tempfile.mkdtemp(prefix="sharpprior-demo-"))
     try:
         os.environ |= {
-            "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": str(folder / "files"),
-        }  # fmt: skip
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "GRADIO_TEMP_DIR": str(folder / "files"),
+        }
         _launch(chosen, limits, folder, host, port)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -81,6 +83,7 @@ def _launch(models: Models, limits: Limits, folder: Path, host: str, port: int) 
         log.warning("--host %s: everyone who reaches this machine can use the demo", host)
     page = build(Acts(models, limits, folder), local=local)
     page.queue(max_size=limits.waiting, default_concurrency_limit=4, api_open=False)
+    style = (Path(__file__).parent / "demo.css").read_text(encoding="utf-8")
     sans, mono = ["system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"], ["ui-monospace", "Menlo", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="md", font=sans, font_mono=mono)
     try:
@@ -88,7 +91,7 @@ def _launch(models: Models, limits: Limits, folder: Path, host: str, port: int) 
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, footer_links=[],
             run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, strict_cors=True,
             max_file_size=int(limits.megabytes * 1e6), state_session_capacity=256, theme=theme,
-            css=(Path(__file__).parent / "demo.css").read_text(encoding="utf-8"),
+            head=f"<style>{style}</style>",  # `css=` would drop what is for narrow screens
             app_kwargs={"middleware": [Middleware(OwnSourcesOnly)], "docs_url": None, "redoc_url": None},
         )  # fmt: skip
     except OSError as error:

@@ -7,16 +7,15 @@ from html import escape
 
 from train.demo.photo import SHOWN, Photo
 from train.demo.play import Row, best_trivial
-from train.restore.restorer import Restorer
 
 EQUAL = 0.05  # dB that no eye tells apart
 BAR_FROM = 3.0  # dB below the lowest score where the bars begin
 
 
-def said_of_photo(photo: Photo, restorer: Restorer, how: str) -> str:
+def said_of_photo(photo: Photo, model: str, how: str) -> str:
     """Size, time and model; and that nobody knows how good it is."""
     height, width = photo.before.shape[:2]
-    facts = [f"{width} × {height} px", f"{photo.picture.bits} bits", how, f"{photo.seconds:.1f} s", restorer.name]
+    facts = [f"{width} × {height} px", f"{photo.picture.bits} bits", how, f"{photo.seconds:.1f} s", model]
     text = f'<p class="facts">{" · ".join(escape(fact) for fact in facts)}</p>'
     if max(width, height) > SHOWN:
         text += f'<p class="facts">Shown at {SHOWN} px; the download has all pixels.</p>'
@@ -35,7 +34,9 @@ def scoreboard(rows: Sequence[Row]) -> str:
     """A verdict against the best trivial restoration, and a bar of PSNR and the SSIM of every picture."""
     best, ours = best_trivial(rows), next(row for row in rows if row.kind == "ours")
     gain = ours.scores["psnr"] - best.scores["psnr"]
-    if gain > EQUAL:
+    if gain > EQUAL and ours.scores["ssim"] < best.scores["ssim"]:
+        mood, said = "warning", f"The model is {gain:.2f} dB better, but worse by SSIM, than the best without one"
+    elif gain > EQUAL:
         mood, said = "good", f"The model is {gain:.2f} dB better than the best anyone can do without one"
     elif gain < -EQUAL:
         mood, said = "bad", f"The model is {-gain:.2f} dB WORSE than the best anyone can do without one"
@@ -43,13 +44,14 @@ def scoreboard(rows: Sequence[Row]) -> str:
         mood, said = "warning", f"The model is no better ({gain:+.2f} dB) than the best anyone can do without one"
     low = min(row.scores["psnr"] for row in rows) - BAR_FROM
     high = max(row.scores["psnr"] for row in rows)
+    told = any(row.kind == "told" for row in rows)
+    told = " The Wiener filter is told how the camera moved, which the model has to guess." if told else ""
     lines = "".join(_line(row, (row.scores["psnr"] - low) / (high - low), row is best) for row in rows)
     return (
-        f'<div class="verdict {mood}">{said} ({escape(best.name)}).</div>'
+        f'<div class="verdict {mood}">{said}: {escape(best.name)}.</div>'
         f'<table class="scores"><thead><tr><th></th><th>PSNR</th><th></th><th>SSIM</th></tr></thead><tbody>{lines}'
         '</tbody></table><p class="note">Smoothing and unsharp mask have the settings that are best for this very '
-        "picture, chosen with the sharp one in hand. The Wiener filter is told how the camera moved, which the model "
-        "has to guess.</p>"
+        f"picture, chosen with the sharp one in hand.{told}</p>"
     )
 
 
