@@ -82,9 +82,8 @@ class Measuring:
         through the network whole. Similarities are empty without a prior."""
         with self._autocast():
             blurry, sharp = (image[None].to(self.device).float().div(255) for image in pair[:2])
-            out = self.network(blurry)
-            likeness = {}
-            task = self._task
+            task, likeness = self._task, {}
+            out = self.network(blurry, *(task.given(sharp) if task is not None else ()))
             if task is not None and task.teacher is not None and out.prior is not None:
                 target = task.teacher(sharp)
                 seen_by = [out.prior, task.teacher(blurry), *([out.student] if out.student is not None else [])]

@@ -159,6 +159,7 @@ def evaluate_pairs(
     yardsticks: Yardsticks | None = None,
     teacher: torch.nn.Module | None = None,
     similarity: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor] | None = None,
+    given: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] = lambda sharp: (),
     keep: Container[int] = (),
     at_once: int = 1,
     forwards: int = 0,
@@ -168,7 +169,8 @@ def evaluate_pairs(
     """Restore and score pairs of one size as `data.stream.validation.validation_pairs` yields them.
 
     What does not depend on the network, the scores of the input and of `yardsticks`, is measured once a pair and kept
-    in it under "known". teacher and similarity: measure the prior too. keep: numbers of the pairs whose pictures stay
+    in it under "known". teacher and similarity: measure the prior too. given: of the sharp pictures, what a study's
+    oracle reads in place of a prior. keep: numbers of the pairs whose pictures stay
     in the result. at_once: pairs in a forward pass; the last pass is filled up, so that all have one shape.
     forwards: run the network at least this often, on black images of `dummy_size` after the pairs: under ZeRO-3 every
     rank must call it equally often. on_forward is called after each, and may end the evaluation by an exception. The
@@ -182,7 +184,7 @@ def evaluate_pairs(
         for batch in _batches(pairs, at_once):
             count, filled = len(batch), [*batch, *[batch[-1]] * (at_once - len(batch))]
             seen, truth = (torch.stack([pair[name] for pair in filled]).to(device) for name in ("blurry", "sharp"))
-            out = network(seen.float().div(255))
+            out = network(seen.float().div(255), *given(truth.float().div(255)))
             restored = to_uint8(out.restored[-1])
             for pair in batch:
                 if "known" not in pair:
@@ -204,7 +206,8 @@ def evaluate_pairs(
             passes += 1
             on_forward()
         for _ in range(passes, forwards):
-            network(torch.zeros(at_once, 3, dummy_size, dummy_size, device=device))
+            black = torch.zeros(at_once, 3, dummy_size, dummy_size, device=device)
+            network(black, *given(black))
             on_forward()
     finally:
         network.train(was_training)

@@ -48,6 +48,7 @@ class Validation:
                 yardsticks=self._yardsticks,
                 teacher=task.teacher,
                 similarity=task.similarity,
+                given=task.given,
                 keep=panel_numbers(settings.panels, self._val_set, settings.per_tier),
                 at_once=at_once,
                 forwards=math.ceil(self._share / at_once),
