@@ -39,7 +39,8 @@ def off(name: str) -> tuple[float, float, float]:
         restored = each(image).restored[-1]
         restored.square().mean().backward()
         outputs.append(restored.detach())
-        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+        grads = (p.grad if p.grad is not None else torch.zeros_like(p) for p in network.parameters())
+        gradients.append(torch.cat([grad.flatten() for grad in grads]))
     seconds = time.perf_counter() - started
     errors = ((a - b).abs().max() / b.abs().max() for a, b in (outputs, gradients))
     return (*map(float, errors), seconds)

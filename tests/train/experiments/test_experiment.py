@@ -13,9 +13,14 @@ import pytest
 import yaml
 
 from tests.train.runs import ROOT, TINY, Runs
+from train.restore.restorer import Restorer
 
 pytestmark = pytest.mark.slow
-ARMS = {"bare": {"set": {"model.prior": False}}, "plugged": {"prior": "taught"}}
+ARMS = {
+    "bare": {"set": {"model.prior": False}},
+    "plugged": {"prior": "taught"},
+    "oracle": {"set": {"model.oracle": True, "train.student_frozen": True}},
+}
 
 
 def plain(value: object) -> object:
@@ -33,6 +38,7 @@ def experiment(tmp_path_factory, runs: Runs) -> Path:
     file = folder / "two.yaml"
     taught = {"taught": {"set": {"train.distill_steps": 4, "eval.enabled": False}}}
     written = {"title": "Two", "config": "base.yaml", "set": shared, "seeds": [1], "first": taught, "arms": ARMS}
+    written["oracle"] = "oracle"
     file.write_text(yaml.safe_dump(written))
     return file
 
@@ -76,8 +82,10 @@ def test_an_experiment_that_is_killed_goes_on_and_is_written_up(runs, experiment
     assert "* **plugged** against bare: severe: " in report
     assert (experiment.parent / "docs" / "two.png").exists()
     again = run(runs, experiment, "--list")
-    assert [line.split(": ")[1] for line in again.splitlines() if "-seed" in line] == ["finished"] * 3
+    assert [line.split(": ")[1] for line in again.splitlines() if "-seed" in line] == ["finished"] * 4
     assert "holds a run with other settings" in run(runs, experiment, "--set", "optim.lr=5e-4", status=1)
+    with pytest.raises(ValueError, match="a bound for studies, which restores nothing"):
+        Restorer.load(folder / "oracle-seed1", device="cpu")
 
 
 def test_validation_pictures_among_the_training_ones_are_refused(runs, experiment, tmp_path):
