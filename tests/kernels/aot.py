@@ -7,6 +7,7 @@ launch. Resources come from the compiled binary: `cuobjdump` for NVIDIA, the met
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -26,6 +27,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ALGEBRA = ("tiles", "forward", "backward", "gradients")  # files kernels/attention/algebra_*.py
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -117,18 +119,10 @@ def plane(batch: int, channels: int, pixels: int, dtype: torch.dtype, channels_l
 
 
 def attention_kernels() -> list:
-    """All jitted kernels of semantic attention that are launched."""
-    from kernels.attention import (
-        algebra_backward,
-        algebra_forward,
-        algebra_gradients,
-        algebra_tiles,
-        triton_backward,
-        triton_forward,
-    )
-
-    algebra = (algebra_tiles, algebra_forward, algebra_backward, algebra_gradients)
-    modules = (triton_forward, triton_backward, *algebra)
+    """All jitted kernels of semantic attention that are launched; of an earlier checkout those that it has."""
+    names = ("triton_forward", "triton_backward", *(f"algebra_{part}" for part in ALGEBRA))
+    there = [name for name in names if importlib.util.find_spec(f"kernels.attention.{name}") is not None]
+    modules = [importlib.import_module(f"kernels.attention.{name}") for name in there]
     return list({k: None for m in modules for n, k in vars(m).items() if n.endswith("_kernel")})
 
 
