@@ -175,6 +175,7 @@ def test_crops_of_a_shard_set_have_tiers_and_a_part_of_them_is_drawn(model, shar
     assert len(found["pictures"]) == 10
     assert "10 of 15 pairs, drawn over the scenes by hash" in text
     assert all(picture["extent"] is not None for picture in found["pictures"])
+    assert "What knows the kernel" in (out / "report.html").read_text()
     assert any("wiener" in picture["yardsticks"] for picture in found["pictures"])  # told the kernel
     assert all(row["trivial"] in ("input", "gaussian", "unsharp") for row in found["tiers"])
     assert "synthesized: camera" in found["data"]["blur variant"]
@@ -198,7 +199,9 @@ def test_pages_are_one_file_and_two_models_are_compared(model, sharpprior, tmp_p
         html = page.read_text()
         assert not re.findall(r"(?:src|href)=[\"'](?!data:)", html)
         assert "http-equiv" in html
-    assert (tmp_path / "a/report.html").read_text().count("<input type") == 6  # three of the worst, three of the best
+    assert (tmp_path / "a/report.html").read_text().count(
+        "<input type"
+    ) == 12  # three of the worst, three of the best, two sliders each
 
 
 @pytest.mark.parametrize(
