@@ -212,7 +212,7 @@ def markdown(results: Results, *, title: str, panel: bool) -> str:
 
 
 BOUND = (
-    "A bound and no rival: on the pictures whose blur is one kernel everywhere, deconvolution that is told it, which no "
+    "A bound and no rival: on the pictures whose blur is one kernel everywhere, deconvolution that is told it, as no "
     "restoration of a photograph is."
 )
 SIMILARITY = (
