@@ -147,7 +147,6 @@ class ValidationPairs:
         blur: BlurConfig,
         *,
         label: str,
-        source: str,
         crop: int,
         per_tier: int,
         margin: int,
@@ -170,9 +169,9 @@ class ValidationPairs:
         settings = blur.model_dump(mode="json", exclude={"device"})
         self.digest = _digest([shards.digest, json.dumps([settings, self._how, PAIRS_VERSION], sort_keys=True), *keys])
         self.label = label
-        recorded = shards.kind == "pairs"
+        recorded, name = shards.kind == "pairs", shards.info.get("name") or Path(shards.location.rstrip("/")).name
         self.facts = {
-            "set": f"validation crops of {source}",
+            "set": f"validation crops of {name}",
             "layout": "shards",
             "split": "validation list",
             "blur variant": "as recorded" if recorded else f"synthesized: {_preset(blur)}",

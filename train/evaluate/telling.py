@@ -6,11 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.evaluate.scores import INPUT, TRIVIAL
-from train.evaluate.yardsticks import LABELS
+from train.evaluate.summary import groups
 
 Results = Mapping[str, Any]
 FEW = 8  # scenes
-NAMES = {INPUT: "the blurry input", **LABELS}
+HARM = -0.1  # dB on the identity tier that are worth a word
+NAMES = {
+    INPUT: "the blurry input",
+    "gaussian": "Gaussian smoothing",
+    "unsharp": "unsharp masking",
+    "wiener": "Wiener (told the kernel)",
+    "richardson_lucy": "Richardson–Lucy (told the kernel)",
+}
 
 
 def headline(results: Results) -> tuple[str, str]:
@@ -32,7 +39,7 @@ def headline(results: Results) -> tuple[str, str]:
         f"{count(row['scenes'], 'scene')}): {value}, {over} over the best trivial "
         f"({NAMES.get(row['trivial'], row['trivial'])}; {said}), {gain(row, 'gain')} over the blurry input."
     )
-    return text, mood
+    return text[0].upper() + text[1:], mood
 
 
 def warnings(results: Results) -> list[str]:
@@ -57,6 +64,9 @@ def warnings(results: Results) -> list[str]:
             f"Few scenes ({results['tiers'][-1]['scenes']}): intervals from a bootstrap over fewer than {FEW} are too "
             "narrow; trust none that barely leaves 0."
         )
+    still = next((row for row in results["tiers"] if row["tier"] == "identity"), None)
+    if still is not None and still["gain"] < HARM:
+        lines.append(f"Pictures that are not blurred LOSE by it: {gain(still, 'gain')} on the identity tier.")
     lost = [name for picture in pictures for name in picture.get("not aligned", [])]
     if lost:
         lines.append(
@@ -111,7 +121,7 @@ def metric_table(results: Results) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in results["tiers"]:
         cells = [
-            f"{row['input'][name]:.{m['digits']}f} → {row['restored'][name]:.{m['digits']}f}"
+            f"{row['input'][name]:.{m['digits']}f}\u00a0→\u00a0{row['restored'][name]:.{m['digits']}f}"
             for name, m in results["metrics"].items()
         ]
         rows.append([group(row), *cells])
@@ -129,6 +139,23 @@ def yardstick_table(results: Results) -> tuple[list[str], list[list[str]]]:
         cells = [f"{values[name][metric]:.{digits}f}" if name in values else "–" for name in columns]
         rows.append([group(row), *cells, f"{row['restored'][metric]:.{digits}f}"])
     return ["tier", *(NAMES.get(name, name) for name in columns), "restored"], rows
+
+
+def bound_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
+    """(heads, rows) of deconvolution that is told the kernel, beside input and restored, on those pictures whose kernel
+    is uniform and known; None where there are none."""
+    metric = results["headline"]["metric"]
+    digits = results["metrics"][metric]["digits"]
+    names = [name for name in NAMES if name not in TRIVIAL]
+    rows = []
+    for tier, belongs in groups([each["tier"] for each in results["pictures"]]):
+        some = [e for e in results["pictures"] if belongs(e["tier"]) and all(name in e["yardsticks"] for name in names)]
+        if some:
+            columns = [[each[INPUT] for each in some], *([each["yardsticks"][name] for each in some] for name in names)]
+            columns.append([each["restored"] for each in some])
+            cells = [f"{sum(each[metric] for each in column) / len(some):.{digits}f}" for column in columns]
+            rows.append([tier, str(len(some)), *cells])
+    return (["tier", "pictures", NAMES[INPUT], *(NAMES[name] for name in names), "restored"], rows) if rows else None
 
 
 def similarity_rows(results: Results) -> tuple[list[str], list[list[str]]] | None:
@@ -173,6 +200,9 @@ def markdown(results: Results, *, title: str, panel: bool) -> str:
     parts += ["## Gain", markdown_table(*gain_table(results)), explanation(results)]
     parts += ["## All metrics, input → restored", markdown_table(*metric_table(results)), notes(results)]
     parts += ["## What needs no model", markdown_table(*yardstick_table(results))]
+    told = bound_table(results)
+    if told is not None:
+        parts += ["## What knows the kernel", markdown_table(*told), BOUND]
     rows = similarity_rows(results)
     if rows is not None:
         parts += ["## The prior's similarity to the teacher", markdown_table(*rows), SIMILARITY]
@@ -181,6 +211,10 @@ def markdown(results: Results, *, title: str, panel: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+BOUND = (
+    "A bound and no rival: on the pictures whose blur is one kernel everywhere, deconvolution that is told it, as no "
+    "restoration of a photograph is."
+)
 SIMILARITY = (
     "Mean cosine similarity of standardised features: the prior sees the blurry image, the teacher the sharp one. The "
     "last column is what the untouched teacher makes of the blurry image."

@@ -175,6 +175,7 @@ def test_crops_of_a_shard_set_have_tiers_and_a_part_of_them_is_drawn(model, shar
     assert len(found["pictures"]) == 10
     assert "10 of 15 pairs, drawn over the scenes by hash" in text
     assert all(picture["extent"] is not None for picture in found["pictures"])
+    assert "What knows the kernel" in (out / "report.html").read_text()
     assert any("wiener" in picture["yardsticks"] for picture in found["pictures"])  # told the kernel
     assert all(row["trivial"] in ("input", "gaussian", "unsharp") for row in found["tiers"])
     assert "synthesized: camera" in found["data"]["blur variant"]
@@ -198,7 +199,9 @@ def test_pages_are_one_file_and_two_models_are_compared(model, sharpprior, tmp_p
         html = page.read_text()
         assert not re.findall(r"(?:src|href)=[\"'](?!data:)", html)
         assert "http-equiv" in html
-    assert (tmp_path / "a/report.html").read_text().count("<input type") == 6  # three of the worst, three of the best
+    assert (tmp_path / "a/report.html").read_text().count(
+        "<input type"
+    ) == 12  # three of the worst, three of the best, two sliders each
 
 
 @pytest.mark.parametrize(
@@ -219,3 +222,33 @@ def test_mistakes_are_one_line(model, sharpprior, tmp_path, arguments, words):
     assert error.startswith("error: ")
     assert len(error.strip().splitlines()) == 1
     assert words in error
+
+
+def test_the_commands_of_the_page_work_as_written(model, sharpprior, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.evaluate.chosen.KERNELS", 1)
+    for name in ("mine", "other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        tiny_model(tmp_path / "runs" / name, scale=1.0 if name == "mine" else 0.95)
+    data = tmp_path / "datasets"
+    tree("gopro", data / "GOPRO_Large", "test")
+    tree("realblur-j", data / "RealBlur", "test")
+    tree("realblur-r", data / "RealBlur", "test")
+    pairs_tree(data / "mine", 3)
+    for kind, name in (("blur", "input"), ("sharp", "target")):
+        (data / "mine" / kind).rename(data / "mine" / name)
+    small_set(data / "val", "val", 1)
+    monkeypatch.setenv("SHARPPRIOR_DATA", str(data))
+    gopro = "gopro:datasets/GOPRO_Large"
+    assert sharpprior("evaluate", "runs/other", "--data", gopro, "--partial", "-o", "results/other")[0] == 0
+    page = (ROOT / "docs" / "EVALUATION.md").read_text()
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    sharpprior ")]
+    assert len(commands) == 8
+    for command in commands:
+        small = ["--partial"] if "gopro" in str(command) or "realblur" in str(command) else []
+        status, _, error = sharpprior(*command, *(small if command[0] == "evaluate" else []))
+        assert (status, error) == (0, ""), command
+    written = {path.name for path in (tmp_path / "results" / "gopro").iterdir()}
+    for name in ("results.json", "pictures.csv", "report.html", "report.md", "panel.png", "yardsticks.json"):
+        assert f"`{name}`" in page
+        assert name in written

@@ -65,7 +65,7 @@ def test_pictures_that_do_not_match_or_read_are_named(tmp_path):
 def test_crops_are_those_that_training_evaluates_on(tmp_path):
     shards, blur = ShardSet(small_set(tmp_path / "s", "val", 2)), configure([]).blur
     how = {"crop": 64, "margin": 16, "crops": 2, "seed": 0}
-    pairs = ValidationPairs(shards, blur, label="v", source="s", crop=64, per_tier=2, margin=16)
+    pairs = ValidationPairs(shards, blur, label="v", crop=64, per_tier=2, margin=16)
     expected = list(validation_pairs(shards, blur, **how))
     assert len(pairs.items) == len(expected) == 20
     assert len({item.key for item in pairs.items}) == 20
@@ -79,10 +79,10 @@ def test_crops_are_those_that_training_evaluates_on(tmp_path):
 
 def test_a_part_of_the_crops_keeps_every_tier_alike(tmp_path):
     shards, blur = ShardSet(small_set(tmp_path / "s", "val", 4)), configure([]).blur
-    pairs = ValidationPairs(shards, blur, label="v", source="s", crop=64, per_tier=2, margin=16, max_pairs=17)
+    pairs = ValidationPairs(shards, blur, label="v", crop=64, per_tier=2, margin=16, max_pairs=17)
     assert set(Counter(item.tier for item in pairs.items).values()) == {3}
     with pytest.raises(DataError, match="at least 5"):
-        ValidationPairs(shards, blur, label="v", source="s", crop=64, per_tier=2, margin=16, max_pairs=4)
+        ValidationPairs(shards, blur, label="v", crop=64, per_tier=2, margin=16, max_pairs=4)
 
 
 def test_what_is_written_after_data_is_understood(tmp_path):

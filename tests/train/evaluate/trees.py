@@ -29,8 +29,9 @@ def write_pair(sharp: Path, blurry: Path, seed: int) -> None:
 
 
 def tree(layout: str, root: Path, split: str | None = None, variant: str | None = None) -> Path:
-    """A small data set of a layout as it is released; returns its root."""
-    BUILD[layout](root)
+    """A small data set of a layout as it is released; returns its root. RealBlur's cameras share a folder."""
+    if not root.exists():
+        BUILD[layout](root)
     for seed, pair in enumerate(list_dataset(layout, root, split=split, variant=variant, partial=True)):
         write_pair(pair.sharp, pair.blurry, seed)
     return root
