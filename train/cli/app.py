@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from train.cli.cache import app as cache_app
-from train.cli.console import usable_device, wide_console
+from train.cli.console import wide_console
 from train.cli.data import Overwrite
 from train.cli.data import app as data_app
 from train.cli.demo import app as demo_app

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from train.evaluate.metrics import (
     metric_names,
     to_uint8,
 )
+from train.evaluate.yardsticks import Yardsticks
 
 VALIDATION_SEED = 0  # the validation list is the same for every training seed
 PANEL_TIERS = ("severe", "extreme", "moderate")
@@ -154,48 +156,79 @@ def evaluate_pairs(
     pairs: Iterable[dict],
     *,
     device: torch.device,
+    yardsticks: Yardsticks | None = None,
     teacher: torch.nn.Module | None = None,
     similarity: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor] | None = None,
     keep: Container[int] = (),
+    at_once: int = 1,
     forwards: int = 0,
     dummy_size: int = 64,
     on_forward: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Restore and score pairs as `data.stream.validation.validation_pairs` yields them, one at a time.
+    """Restore and score pairs of one size as `data.stream.validation.validation_pairs` yields them.
 
-    teacher and similarity: measure the prior too. keep: numbers of the pairs whose pictures stay in the result.
+    What does not depend on the network, the scores of the input and of `yardsticks`, is measured once a pair and kept
+    in it under "known". teacher and similarity: measure the prior too. keep: numbers of the pairs whose pictures stay
+    in the result. at_once: pairs in a forward pass; the last pass is filled up, so that all have one shape.
     forwards: run the network at least this often, on black images of `dummy_size` after the pairs: under ZeRO-3 every
     rank must call it equally often. on_forward is called after each, and may end the evaluation by an exception. The
     network is left in the mode it came in.
     """
-    was_training, names = network.training, metric_names("every")
+    was_training, names, passes = network.training, metric_names("every"), 0
     network.eval()
     result = Evaluation()
     sums: list[torch.Tensor] = []
     try:
-        for pair in pairs:
-            blurry, sharp = (pair[name][None].to(device).float().div(255) for name in ("blurry", "sharp"))
-            out = network(blurry)
-            seen, restored, truth = (to_uint8(image) for image in (blurry, out.restored[-1], sharp))
-            scores = measured(seen, truth, names)[0], measured(restored, truth, names)[0]
-            score = Score(pair["key"], pair["tier"], float(pair["extent"]), *scores)
-            result.scores.append(score)
-            if pair["number"] in keep:
-                result.pictures.append((score, *(as_picture(image[0]) for image in (seen, restored, truth))))
+        for batch in _batches(pairs, at_once):
+            count, filled = len(batch), [*batch, *[batch[-1]] * (at_once - len(batch))]
+            seen, truth = (torch.stack([pair[name] for pair in filled]).to(device) for name in ("blurry", "sharp"))
+            out = network(seen.float().div(255))
+            restored = to_uint8(out.restored[-1])
+            for pair in batch:
+                if "known" not in pair:
+                    pair["known"] = _known(pair, yardsticks, names, device)
+            scores = measured(restored[:count], truth[:count], names)
+            for place, (pair, score) in enumerate(zip(batch, scores, strict=True)):
+                before, others = pair["known"]
+                whole = Score(pair["key"], pair["tier"], float(pair["extent"]), before, score, others)
+                result.scores.append(whole)
+                if pair["number"] in keep:
+                    images = (as_picture(each[place]) for each in (seen, restored, truth))
+                    result.pictures.append((whole, *images))
             if teacher is not None and similarity is not None and out.prior is not None:
-                target = teacher(sharp)
-                seen_by = [out.prior, teacher(blurry), *([out.student] if out.student is not None else [])]
-                sums.append(torch.stack([similarity(features, target) for features in seen_by]).cpu())
+                blurry, sharp = (image[:count].float().div(255) for image in (seen, truth))
+                of_network = [out.prior, *([out.student] if out.student is not None else [])]
+                prior, *student = ([level[:count] for level in features] for features in of_network)
+                target, seen_by = teacher(sharp), [prior, teacher(blurry), *student]
+                sums.append(count * torch.stack([similarity(features, target) for features in seen_by]).double().cpu())
+            passes += 1
             on_forward()
-        for _ in range(len(result.scores), forwards):
-            network(torch.zeros(1, 3, dummy_size, dummy_size, device=device))
+        for _ in range(passes, forwards):
+            network(torch.zeros(at_once, 3, dummy_size, dummy_size, device=device))
             on_forward()
     finally:
         network.train(was_training)
     if sums:
-        means = torch.stack(sums).double().mean(0).tolist()
+        means = (torch.stack(sums).sum(0) / len(result.scores)).tolist()
         result.similarity, result.blurry_similarity, result.student_similarity = [*means, []][:3]
     return result
+
+
+def _batches(pairs: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    rest = iter(pairs)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _known(
+    pair: dict, yardsticks: Yardsticks | None, names: Sequence[str], device: torch.device
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Scores of the input, and by name of what the yardsticks make of it."""
+    made = yardsticks.apply(pair["blurry"], pair["tier"]) if yardsticks is not None else {}
+    images = torch.stack([pair["blurry"], *made.values()]).to(device)
+    truth = pair["sharp"].to(device).expand(len(images), -1, -1, -1)
+    before, *others = measured(images, truth, names)
+    return before, dict(zip(made, others, strict=True))
 
 
 def merge(parts: Sequence[Evaluation]) -> Evaluation:

@@ -26,22 +26,14 @@ ITERATIONS = (5, 10, 20, 40, 60)
 ALL = "all"  # the tier of pairs whose own has no training pairs
 FORMAT = 1
 
-# What reports call them. The last two are told how the camera moved: a bound for those that are not, and no rivals.
-LABELS = {
-    "gaussian": "Gaussian smoothing",
-    "unsharp": "unsharp masking",
-    "wiener": "Wiener (told the kernel)",
-    "richardson_lucy": "Richardson–Lucy (told the kernel)",
-}
-
 
 @dataclass(frozen=True)
 class Yardsticks:
     """Settings per tier, and under "all" for pairs of any other.
 
     gaussian: σ in px (0: left as it is); unsharp: (σ in px, amount); wiener: ratio of noise to signal power;
-    richardson_lucy: iterations. pairs: how many training pairs the first two were chosen on. Without an entry, a
-    yardstick makes nothing.
+    richardson_lucy: iterations. pairs: how many training pairs the first two were chosen on; digest: of what those
+    are. Without an entry, a yardstick makes nothing.
     """
 
     gaussian: dict[str, float] = field(default_factory=dict)
@@ -49,6 +41,7 @@ class Yardsticks:
     wiener: dict[str, float] = field(default_factory=dict)
     richardson_lucy: dict[str, int] = field(default_factory=dict)
     pairs: int = 0
+    digest: str = ""
 
     def apply(self, blurry: Tensor, tier: str, kernel: np.ndarray | None = None) -> dict[str, Tensor]:
         """What each yardstick makes of a blurry uint8 RGB [3, H, W], by name, on its device.
@@ -110,7 +103,7 @@ def moments(blurry: Tensor, sharp: Tensor, tier: str) -> Moments:
     return Moments(tier, _mean_product(error, error), tuple(ed), tuple(dd))
 
 
-def choose(found: Sequence[Moments]) -> Yardsticks:
+def choose(found: Sequence[Moments], digest: str = "") -> Yardsticks:
     """The settings of the highest mean PSNR over each tier's pairs, and over all; the first of equals, which is to
     leave pictures as they are. In another order of the pairs they are the same."""
     found = sorted(found)
@@ -130,7 +123,7 @@ def choose(found: Sequence[Moments]) -> Yardsticks:
         gaussian[tier] = (0.0, *SIGMAS)[int(np.argmax(smoothing))]
         amount, sigma = np.unravel_index(int(np.argmax(quality(AMOUNTS).T)), (len(AMOUNTS), len(SIGMAS)))
         unsharp[tier] = SIGMAS[int(sigma)], AMOUNTS[int(amount)]
-    return Yardsticks(gaussian, unsharp, pairs=len(found))
+    return Yardsticks(gaussian, unsharp, pairs=len(found), digest=digest)
 
 
 def fit(pairs: Iterable[dict]) -> Yardsticks:

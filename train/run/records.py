@@ -105,12 +105,14 @@ class Records:
         self._page.add(record)
         rows = evaluation.tiers()
         self._scalars("gain", {row.tier: row.gain for row in rows}, step)
+        self._scalars("over_trivial", {row.tier: row.over_trivial for row in rows}, step)
         for name in evaluation.metrics():
             self._scalars(name, {row.tier: row.restored[name] for row in rows}, step)
         self._scalars("similarity", {f"level{n}": value for n, value in enumerate(evaluation.similarity, 1)}, step)
         self._writer.add_image("panel", draw_panel(evaluation.pictures), step, dataformats="HWC")
-        gains = "  ".join(f"{row.tier} {row.gain:+.3f}" for row in rows)
-        log.info("step %d: gain in dB: %s  (%d pairs, %.0f s)", step, gains, len(evaluation.scores), seconds)
+        gains = "  ".join(f"{row.tier} {row.over_trivial:+.3f}" for row in rows)
+        told = "step %d: gain over the best trivial in dB: %s  (%d pairs, %.0f s)"
+        log.info(told, step, gains, len(evaluation.scores), seconds)
 
     def evaluated(self, step: int) -> bool:
         """Whether an evaluation after `step` steps is written down."""
