@@ -22,6 +22,7 @@ for (const box of document.querySelectorAll(".compare")) {
     range.focus({ preventScroll: true });
     follow(event);
   });
+  box.addEventListener("mousedown", (event) => event.preventDefault()); /* it would take the focus from the range */
   box.addEventListener("pointermove", (event) => { if (box.hasPointerCapture(event.pointerId)) follow(event); });
   show();
 }
