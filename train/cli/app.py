@@ -1,4 +1,4 @@
-"""The `sharpprior` command: restore, plan and export; those about data are in `train/cli/data.py`."""
+"""The `sharpprior` command: its parts, and plan, kernels, export."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 
 from train.cli.cache import app as cache_app
-from train.cli.console import say, usable_device, wide_console
+from train.cli.console import wide_console
 from train.cli.data import Overwrite
 from train.cli.data import app as data_app
 from train.cli.evaluate import app as evaluate_app
 from train.cli.networks import app as networks_app
+from train.cli.restore import app as restore_app
 from train.watch.failure import explained
 
 app = typer.Typer(
@@ -23,13 +24,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Restore and evaluate what train/main.py trained, and prepare data for it.",
 )
+app.add_typer(restore_app)
 app.add_typer(data_app)
 app.add_typer(evaluate_app)
 app.add_typer(networks_app)
 app.add_typer(cache_app, name="cache")
 Run = Annotated[Path, typer.Argument(help="Folder of a run, of one of its checkpoints, or of an exported model.")]
 Which = Annotated[str, typer.Option("--checkpoint", help="latest, best, or step-N, where RUN is a run.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")]
 
 
 def _plugged(config: Path, overrides: list[str] | None):
@@ -39,59 +40,6 @@ def _plugged(config: Path, overrides: list[str] | None):
 
     asked = [override.partition("=")[0] for override in overrides or []]
     return with_plugged(load_config(config, overrides or []), asked=asked)
-
-
-@app.command()
-def restore(
-    run: Run,
-    photo: Annotated[Path, typer.Argument(help="A picture, or a folder of pictures.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The restored picture, or the folder for a folder.")],
-    checkpoint: Which = "latest",
-    tile: Annotated[int | None, typer.Option(help="Side of tiles, px; default: 1.5 times the training crop.")] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="No tiles: the picture in one piece.")] = False,
-    overwrite: Overwrite = False,
-    skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Leave restored pictures that are there: go on with a folder.")
-    ] = False,
-    device: Device = None,
-) -> None:
-    """Restore photographs of any size, or the tree of a folder; bit depth, alpha, colour profile and EXIF stay."""
-    from train.checkpoint.saved import load_model
-    from train.cli.console import told_now_and_then
-    from train.log import start_logging
-    from train.restore.files import restore_all
-    from train.restore.tiles import SMALLEST_TILE, default_tile
-
-    start_logging(None, Console())
-    if whole and tile is not None:
-        raise ValueError("--whole and --tile exclude each other")
-    if tile is not None and tile < SMALLEST_TILE:
-        raise ValueError(f"--tile {tile}: at least {SMALLEST_TILE} px")
-    if overwrite and skip_existing:
-        raise ValueError("--overwrite and --skip-existing exclude each other")
-    if not photo.exists():
-        raise ValueError(f"{photo}: no such file or folder")
-    network, config, _ = load_model(run, usable_device(device), checkpoint)
-    side = None if whole else tile or default_tile(config)
-    with told_now_and_then("restoring …") as status:
-
-        def on_file(path: Path, problem: str | None) -> None:
-            if problem is not None and photo.is_dir():
-                say(f"error: {problem}")
-
-        def on_tile(path: Path, done: int, tiles: int) -> None:
-            status(f"{path.name}: tile {done} of {tiles}")
-
-        how = {"tile": side, "overwrite": overwrite, "skip_existing": skip_existing}
-        done = restore_all(network, photo, out, **how, on_file=on_file, on_tile=on_tile)
-    for path in done.skipped:
-        say(f"skipped, a kind that is not read: {path}")
-    counts = (
-        f"{done.restored} restored, {done.there} there already, {len(done.failed)} failed, {len(done.skipped)} skipped"
-    )
-    if done.failed:
-        raise ValueError(f"{photo}: {counts}" if photo.is_dir() else done.failed[0])
-    say(f"{out}: {counts}")
 
 
 @app.command()
