@@ -13,6 +13,7 @@ from train.cli.cache import app as cache_app
 from train.cli.console import wide_console
 from train.cli.data import Overwrite
 from train.cli.data import app as data_app
+from train.cli.demo import app as demo_app
 from train.cli.evaluate import app as evaluate_app
 from train.cli.networks import app as networks_app
 from train.cli.restore import app as restore_app
@@ -28,6 +29,7 @@ app.add_typer(restore_app)
 app.add_typer(data_app)
 app.add_typer(evaluate_app)
 app.add_typer(networks_app)
+app.add_typer(demo_app)
 app.add_typer(cache_app, name="cache")
 Run = Annotated[Path, typer.Argument(help="Folder of a run, of one of its checkpoints, or of an exported model.")]
 Which = Annotated[str, typer.Option("--checkpoint", help="latest, best, or step-N, where RUN is a run.")]
