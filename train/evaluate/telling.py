@@ -59,11 +59,7 @@ def warnings(results: Results) -> list[str]:
     if tiled:
         number = "All pictures" if tiled == len(pictures) else f"{tiled} of {len(pictures)} pictures"
         lines.append(f"{number} were restored in tiles; published numbers are of whole pictures.")
-    if results["tiers"][-1]["scenes"] < FEW:
-        lines.append(
-            f"Few scenes ({results['tiers'][-1]['scenes']}): intervals from a bootstrap over fewer than {FEW} are too "
-            "narrow; trust none that barely leaves 0."
-        )
+    lines += few_scenes(results["tiers"][-1]["scenes"])
     still = next((row for row in results["tiers"] if row["tier"] == "identity"), None)
     if still is not None and still["gain"] < HARM:
         lines.append(f"Pictures that are not blurred LOSE by it: {gain(still, 'gain')} on the identity tier.")
@@ -74,6 +70,16 @@ def warnings(results: Results) -> list[str]:
             "pictures); those were measured as they are, as the official script does."
         )
     return lines
+
+
+def few_scenes(scenes: int) -> list[str]:
+    """A line where intervals are of too few scenes to be believed to the letter."""
+    if scenes >= FEW:
+        return []
+    return [
+        f"Few scenes ({scenes}): intervals from a bootstrap over fewer than {FEW} are too narrow; trust none that barely "
+        "leaves 0."
+    ]
 
 
 def facts(results: Results) -> dict[str, str]:
