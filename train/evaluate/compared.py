@@ -52,8 +52,8 @@ def said(comparison: Comparison) -> list[tuple[str, str]]:
         lines.append(
             (
                 f"{each.name}: {known['label']} {change(found, known)} against {comparison.loaded[0].name} on "
-                f"{count(row.pictures, 'picture')} of {count(row.scenes, 'scene')}, better on {100 * found.wins:.0f}\u00a0% "
-                f"of them ({verdict}).",
+                f"{count(row.pictures, 'picture')} of {count(row.scenes, 'scene')}, better on "
+                f"{100 * found.wins:.0f}\u00a0% of them ({verdict}).",
                 mood,
             )
         )
@@ -91,7 +91,7 @@ def means_table(comparison: Comparison, best: str = "{}") -> tuple[list[str], li
 
 
 def difference_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """(heads, rows): paired differences to the first evaluation on the headline's row, with intervals, a row a metric."""
+    """(heads, rows): paired differences to the first evaluation on the headline's row, a row a metric."""
     row, names = comparison.rows[-1], [each.name for each in comparison.loaded]
     heads = ["metric", *(f"{name} minus {names[0]}" for name in names[1:])]
     rows = [

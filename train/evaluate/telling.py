@@ -77,8 +77,8 @@ def few_scenes(scenes: int) -> list[str]:
     if scenes >= FEW:
         return []
     return [
-        f"Few scenes ({scenes}): intervals from a bootstrap over fewer than {FEW} are too narrow; trust none that barely "
-        "leaves 0."
+        f"Few scenes ({scenes}): intervals from a bootstrap over fewer than {FEW} are too narrow; trust none that "
+        "barely leaves 0."
     ]
 
 
