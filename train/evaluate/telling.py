@@ -138,7 +138,7 @@ def yardstick_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """(heads, rows) of the headline's metric of what needs no model, beside the restored pictures; rows are tiers."""
     metric = results["headline"]["metric"]
     digits = results["metrics"][metric]["digits"]
-    columns = [INPUT, *dict.fromkeys(name for row in results["tiers"] for name in row["yardsticks"])]
+    columns = [name for name in TRIVIAL if name == INPUT or any(name in row["yardsticks"] for row in results["tiers"])]
     rows = []
     for row in results["tiers"]:
         values = {INPUT: row["input"], **row["yardsticks"]}
