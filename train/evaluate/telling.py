@@ -74,7 +74,7 @@ def warnings(results: Results) -> list[str]:
 
 def few_scenes(scenes: int) -> list[str]:
     """A line where intervals are of too few scenes to be believed to the letter."""
-    if scenes >= FEW:
+    if scenes >= FEW or scenes == 1:
         return []
     return [
         f"Few scenes ({scenes}): intervals from a bootstrap over fewer than {FEW} are too narrow; trust none that "
@@ -189,7 +189,7 @@ def lines(results: Results) -> list[str]:
     for row in results["tiers"]:
         before, after = (f"{row[of][metric]:6.{known['digits']}f}" for of in ("input", "restored"))
         told.append(
-            f"{group(row):{width}s} {row['pictures']:5d} pictures  {before} → {after} dB  "
+            f"{group(row):{width}s}  {count(row['pictures'], 'picture'):>13s}  {before} → {after} dB  "
             f"gain {gain(row, 'gain')}  over the best trivial ({row['trivial']}) {gain(row, 'over_trivial')}"
         )
     means = ", ".join(
