@@ -1,4 +1,4 @@
-"""The `sharpprior` command: restore, plan and export; those about data are in `train/cli/data.py`."""
+"""The `sharpprior` command: its parts, and plan, kernels, export."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import typer
 from rich.console import Console
 
 from train.cli.cache import app as cache_app
-from train.cli.console import say, usable_device, wide_console
+from train.cli.console import wide_console
 from train.cli.data import Overwrite
 from train.cli.data import app as data_app
+from train.cli.demo import app as demo_app
 from train.cli.evaluate import app as evaluate_app
 from train.cli.networks import app as networks_app
+from train.cli.restore import app as restore_app
 from train.watch.failure import explained
 
 app = typer.Typer(
@@ -23,13 +25,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Restore and evaluate what train/main.py trained, and prepare data for it.",
 )
+app.add_typer(restore_app)
 app.add_typer(data_app)
 app.add_typer(evaluate_app)
 app.add_typer(networks_app)
+app.add_typer(demo_app)
 app.add_typer(cache_app, name="cache")
 Run = Annotated[Path, typer.Argument(help="Folder of a run, of one of its checkpoints, or of an exported model.")]
 Which = Annotated[str, typer.Option("--checkpoint", help="latest, best, or step-N, where RUN is a run.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")]
 
 
 def _plugged(config: Path, overrides: list[str] | None):
@@ -39,59 +42,6 @@ def _plugged(config: Path, overrides: list[str] | None):
 
     asked = [override.partition("=")[0] for override in overrides or []]
     return with_plugged(load_config(config, overrides or []), asked=asked)
-
-
-@app.command()
-def restore(
-    run: Run,
-    photo: Annotated[Path, typer.Argument(help="A picture, or a folder of pictures.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The restored picture, or the folder for a folder.")],
-    checkpoint: Which = "latest",
-    tile: Annotated[int | None, typer.Option(help="Side of tiles, px; default: 1.5 times the training crop.")] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="No tiles: the picture in one piece.")] = False,
-    overwrite: Overwrite = False,
-    skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Leave restored pictures that are there: go on with a folder.")
-    ] = False,
-    device: Device = None,
-) -> None:
-    """Restore photographs of any size, or the tree of a folder; bit depth, alpha, colour profile and EXIF stay."""
-    from train.checkpoint.saved import load_model
-    from train.cli.console import told_now_and_then
-    from train.log import start_logging
-    from train.restore.files import restore_all
-    from train.restore.tiles import SMALLEST_TILE, default_tile
-
-    start_logging(None, Console())
-    if whole and tile is not None:
-        raise ValueError("--whole and --tile exclude each other")
-    if tile is not None and tile < SMALLEST_TILE:
-        raise ValueError(f"--tile {tile}: at least {SMALLEST_TILE} px")
-    if overwrite and skip_existing:
-        raise ValueError("--overwrite and --skip-existing exclude each other")
-    if not photo.exists():
-        raise ValueError(f"{photo}: no such file or folder")
-    network, config, _ = load_model(run, usable_device(device), checkpoint)
-    side = None if whole else tile or default_tile(config)
-    with told_now_and_then("restoring …") as status:
-
-        def on_file(path: Path, problem: str | None) -> None:
-            if problem is not None and photo.is_dir():
-                say(f"error: {problem}")
-
-        def on_tile(path: Path, done: int, tiles: int) -> None:
-            status(f"{path.name}: tile {done} of {tiles}")
-
-        how = {"tile": side, "overwrite": overwrite, "skip_existing": skip_existing}
-        done = restore_all(network, photo, out, **how, on_file=on_file, on_tile=on_tile)
-    for path in done.skipped:
-        say(f"skipped, a kind that is not read: {path}")
-    counts = (
-        f"{done.restored} restored, {done.there} there already, {len(done.failed)} failed, {len(done.skipped)} skipped"
-    )
-    if done.failed:
-        raise ValueError(f"{photo}: {counts}" if photo.is_dir() else done.failed[0])
-    say(f"{out}: {counts}")
 
 
 @app.command()
@@ -144,17 +94,34 @@ def kernels(
 @app.command()
 def export(
     run: Run,
-    out: Annotated[Path, typer.Option("-o", "--out", help="A file NAME.safetensors, or a folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A file NAME.safetensors, .pt2 or .onnx, or a folder.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", help="safetensors; torch (torch.export, .pt2) or onnx: programs of their own; spandrel."
+        ),
+    ] = "safetensors",
     checkpoint: Which = "latest",
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 for half the size.")] = "fp32",
     prior: Annotated[bool, typer.Option("--prior", help="The prior alone, for train/main.py --prior.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the averaged model, or its prior alone, as files that load without DeepSpeed and without the run."""
+    from model.names import choose
     from train.checkpoint.export import export_model
+    from train.checkpoint.program import SUFFIXES, export_program
     from train.checkpoint.saved import describe
 
-    source = export_model(run, out, which=checkpoint, dtype=dtype, prior=prior, overwrite=overwrite)
+    form = choose("format", form, ("safetensors", "spandrel", *SUFFIXES))
+    if prior and form != "safetensors":
+        raise ValueError(f"--prior: the prior alone is written as safetensors, not as {form}")
+    if form in SUFFIXES:
+        if dtype != "fp32":
+            raise ValueError(f"--dtype {dtype}: {form} is written in fp32")
+        source = export_program(run, out, form, which=checkpoint, overwrite=overwrite)
+    else:
+        how = {"which": checkpoint, "dtype": dtype, "prior": prior, "overwrite": overwrite}
+        source = export_model(run, out, **how, spandrel=form == "spandrel")
     text = f"exported {'the prior of ' if prior else ''}{describe(source)} of {run} as {dtype}: {out}"
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -33,9 +33,9 @@ QUIET_S = 10.0  # between lines where there is no terminal
 
 
 @contextmanager
-def told_now_and_then(title: str) -> Iterator[Callable[[str], None]]:
+def told_now_and_then(title: str, *, stderr: bool = False) -> Iterator[Callable[[str], None]]:
     """A line that changes at a terminal; elsewhere, in a job's log, a line every `QUIET_S` seconds."""
-    console = Console()
+    console = Console(stderr=stderr)
     if console.is_terminal:
         with console.status(title) as status:
             yield lambda text: status.update(text)
@@ -46,7 +46,7 @@ def told_now_and_then(title: str) -> Iterator[Callable[[str], None]]:
         nonlocal last
         if time.monotonic() - last >= QUIET_S:
             last = time.monotonic()
-            say(text)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     yield tell
 

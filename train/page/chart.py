@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Literal, NamedTuple
 
-COLOURS = 7  # of page.css: --c0 …
+COLOURS = 9  # of page.css: --c0 …, the last one grey
 SIDE = 1000  # units of the drawing, stretched to whatever the screen has
 
 

@@ -22,6 +22,7 @@ for (const box of document.querySelectorAll(".compare")) {
     range.focus({ preventScroll: true });
     follow(event);
   });
+  box.addEventListener("mousedown", (event) => event.preventDefault()); /* it would take the focus from the range */
   box.addEventListener("pointermove", (event) => { if (box.hasPointerCapture(event.pointerId)) follow(event); });
   show();
 }
@@ -83,8 +84,22 @@ for (const plot of document.querySelectorAll(".plot")) {
   });
 }
 
-/* A page that renews itself stays where its reader is. */
-if (document.querySelector('meta[http-equiv="refresh"]')) {
+/* A page that renews itself says how old it is, and stays where its reader is. */
+const renewed = document.querySelector('meta[http-equiv="refresh"]');
+const written = document.querySelector("time[data-written]");
+if (renewed && written) {
+  const first = written.textContent, many = 20 * Number(renewed.content);
+  const age = () => {
+    const seconds = Math.max(0, Math.round(Date.now() / 1000 - written.dataset.written));
+    const told = seconds < 120 ? `${seconds} s` : seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
+    written.textContent = `${first}, ${told} ago`;
+    written.classList.toggle("old", seconds > many);
+    if (seconds > many) written.textContent += ": nothing new since, so it may have stopped";
+  };
+  age();
+  setInterval(age, 1000);
+}
+if (renewed) {
   const name = "sharpprior" + location.pathname;
   const folds = () => [...document.querySelectorAll("details")];
   try {

@@ -7,6 +7,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Literal
@@ -20,19 +21,22 @@ from train.page.chart import Interval, Series, draw_chart, draw_intervals
 Mood = Literal["plain", "note", "good", "warning", "bad"]
 STYLE, SCRIPT = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
 ENLARGED = 520  # px of the screen that a small picture is enlarged to, by whole factors
-_NUMBER = re.compile(r"[-+−±≥≤<>~]?\s*[\d.,]+\s*(%|dB|s|ms|px|×)?( \(.*\))?|n/a|–|—|")
+_NUMBER = re.compile(r"[-+−±≥≤<>~]?\s*[\d.,]+\s*(%|dB|s|ms|px|×)?( \(.*\)| → [\d.,]+)?|n/a|–|—|")
 
 
 class Page:
     """A page that grows from top to bottom: every method but `html` and `write` adds a block below the others.
 
-    title: its heading and the name of its tab. refresh: seconds after which a browser reads the file again, for a page
-    that is still being written. Every text is shown as it is given, never read as HTML, and a policy in the file
-    forbids browsers to fetch or run anything that is not in it.
+    title: its heading and the name of its tab; subtitle: a line below it, and behind that the time it was `written`,
+    seconds since 1970. refresh: seconds after which a browser reads the file again, for a page that is still being
+    written; the browser tells where that was long ago. Every text is shown as it is given, never read as HTML, and a
+    policy in the file forbids browsers to fetch or run anything that is not in it.
     """
 
-    def __init__(self, title: str, *, subtitle: str = "", refresh: int | None = None) -> None:
-        self.title, self.subtitle, self.refresh = title, subtitle, refresh
+    def __init__(
+        self, title: str, *, subtitle: str = "", refresh: int | None = None, written: float | None = None
+    ) -> None:
+        self.title, self.subtitle, self.refresh, self.written = title, subtitle, refresh, written
         self._blocks: list[str] = []
 
     def heading(self, text: str) -> None:
@@ -129,7 +133,11 @@ class Page:
         sum_ = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
         policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{sum_}'"
         refresh = f'<meta http-equiv="refresh" content="{int(self.refresh)}">' if self.refresh is not None else ""
-        subtitle = f'<p class="subtitle">{escape(self.subtitle)}</p>' if self.subtitle else ""
+        under = [escape(self.subtitle)] if self.subtitle else []
+        if self.written is not None:
+            told = datetime.fromtimestamp(self.written, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            under.append(f'<time data-written="{self.written:.0f}">written {told}</time>')
+        subtitle = f'<p class="subtitle">{" · ".join(under)}</p>' if under else ""
         blocks = "\n".join(self._blocks)
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -156,7 +164,7 @@ def _image(image: np.ndarray, text: str, kind: str = "") -> str:
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise ValueError(f"{image.dtype} {list(image.shape)}: a page shows uint8 [H, W, 3] or [H, W]")
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
+    Image.fromarray(image).save(file, "PNG", compress_level=2)  # a live page is written often: time before size
     data = base64.b64encode(file.getvalue()).decode()
     height, width = image.shape[:2]
     named = f' class="{kind}"' if kind else ""

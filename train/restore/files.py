@@ -1,120 +1,150 @@
-"""Restore picture files: one, or every one of a folder and of those in it."""
+"""Restore files, one after the other, while the next one is read and the last one is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+import contextlib
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from data.files import files_below
-from data.formats import is_junk
-from train.restore.picture import READABLE, Picture, PictureError, check_target, read_picture, write_picture
-from train.restore.tiles import restore_image
+from train.restore.picture import (
+    MOST_PIXELS,
+    Picture,
+    PictureError,
+    check_target,
+    decode,
+    encode,
+    read_picture,
+    write_picture,
+)
+from train.restore.restorer import Restorer, Tile
+from train.restore.sources import PIPE, Job
 
-OTHER_PICTURES = (".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", "")
-
-
-@dataclass
-class Done:
-    """What became of the pictures: restored and already there (counts), failed (a line each), and files that are
-    skipped because they are, or may be, pictures of a kind that is not read."""
-
-    restored: int = 0
-    there: int = 0
-    failed: list[str] = field(default_factory=list)
-    skipped: list[Path] = field(default_factory=list)
+WRITING = 2  # pictures that may wait to be written: more would only fill the memory
 
 
-def restore_file(
-    network: torch.nn.Module,
-    source: Path,
-    target: Path,
-    *,
-    tile: int | None,
-    overwrite: bool,
-    on_tile: Callable[[int, int], None] = lambda done, all_: None,
+@dataclass(frozen=True)
+class How:
+    """How pictures are restored and written. most: pixels of the largest that is read. skip_existing: what is restored
+    already is left as it is."""
+
+    strength: float = 1.0
+    tile: Tile = "auto"
+    ensemble: bool = False
+    overwrite: bool = False
+    skip_existing: bool = False
+    most: int = MOST_PIXELS
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a file; `part`: this process' share of a video is done. size: (width, height) px. seconds: of the
+    restoring alone."""
+
+    source: Path
+    target: Path
+    status: Literal["restored", "there", "failed", "part"]
+    problem: str | None = None
+    size: tuple[int, int] | None = None
+    seconds: float | None = None
+
+
+def restore_picture(
+    restorer: Restorer, picture: Picture, how: How, on_tile: Callable[[int, int], None] = lambda done, all_: None
 ) -> Picture:
-    """Restore one photograph file into another. PictureError names the file."""
-    check_target(target, overwrite=overwrite)
-    picture = read_picture(source)
-    image = torch.from_numpy(np.ascontiguousarray(picture.rgb.transpose(2, 0, 1)))
-    restored = restore_image(network, image, tile, on_tile)
-    result = replace(picture, rgb=restored.permute(1, 2, 0).numpy())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_picture(target, result, overwrite=overwrite)
-    return result
+    """The picture with its colours restored; grey stays grey, and all else what it was."""
+    colour = picture.colour
+    pixels = torch.from_numpy(np.require(colour, requirements=["C", "W"])).permute(2, 0, 1).expand(3, -1, -1)
+    settings = {"strength": how.strength, "tile": how.tile, "ensemble": how.ensemble}
+    result = restorer.restore(pixels, **settings, on_tile=on_tile).permute(1, 2, 0).numpy()
+    if colour.shape[2] == 1:
+        result = np.rint(result.mean(axis=2, keepdims=True, dtype=np.float32)).astype(colour.dtype)
+    return replace(picture, colour=result)
 
 
-def restore_all(
-    network: torch.nn.Module,
-    source: Path,
-    target: Path,
+def restore_files(
+    restorer: Restorer,
+    jobs: Sequence[Job],
+    how: How,
     *,
-    tile: int | None,
-    overwrite: bool,
-    skip_existing: bool = False,
-    on_file: Callable[[Path, str | None], None] = lambda path, problem: None,
-    on_tile: Callable[[Path, int, int], None] = lambda path, done, all_: None,
-) -> Done:
-    """Restore a file, or the pictures of a folder and of those in it into the folder `target`, the tree kept.
+    on_done: Callable[[Outcome], None],
+    on_tile: Callable[[Path, int, int], None] = lambda source, done, all_: None,
+) -> None:
+    """Restore pictures; `on_done` is told of each, in their order, when it is on the disk, `on_tile` of the work on
+    one. A picture that cannot be read or written does not stop the others."""
+    waiting: deque[tuple[Future, Outcome]] = deque()
 
-    skip_existing: a picture whose restored file is there is left as it is. `on_file(path, problem)` is told of each,
-    `on_tile(path, tiles done, all)` of large ones. A picture that cannot be read does not stop the others.
-    """
-    done = Done()
-    if source.is_dir():
-        jobs = list(_jobs_of(source, target, done))
-        if not jobs:
-            raise PictureError(f"{source}: no pictures in this folder ({', '.join(READABLE)})")
-        if target.is_file():
-            raise PictureError(f"{target}: is a file: give a folder for a folder")
-        if target.resolve() == source.resolve():
-            raise PictureError(
-                f"{target}: is the folder of the pictures themselves: choose another for the restored ones"
-            )
-    else:
-        jobs = [(source, target / _writable_name(source) if target.is_dir() else target)]
-    for path, destination in jobs:
-        if skip_existing and destination.exists():
-            done.there += 1
-            continue
+    def tell(most: int) -> None:
+        while len(waiting) > most or (waiting and waiting[0][0].done()):
+            written, outcome = waiting.popleft()
+            try:
+                written.result()
+                on_done(outcome)
+            except PictureError as error:
+                on_done(replace(outcome, status="failed", problem=str(error)))
 
-        def told(tiles: int, every: int, path: Path = path) -> None:
-            on_tile(path, tiles, every)
-
-        try:
-            restore_file(network, path, destination, tile=tile, overwrite=overwrite, on_tile=told)
-            done.restored += 1
-            on_file(path, None)
-        except PictureError as error:
-            done.failed.append(str(error))
-            on_file(path, str(error))
-    return done
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        for job, reading in _ahead(jobs, reader, how):
+            outcome = Outcome(job.source, job.target, "restored")
+            written: Future = Future()
+            try:
+                picture = reading.result()
+                if picture is None:
+                    outcome = replace(outcome, status="there")
+                    written.set_result(None)
+                else:
+                    start = time.perf_counter()
+                    picture = restore_picture(restorer, picture, how, partial(on_tile, job.source))
+                    size = picture.colour.shape[1::-1]
+                    outcome = replace(outcome, size=size, seconds=time.perf_counter() - start)
+                    written = writer.submit(_write, job.target, picture, how)
+            except PictureError as error:
+                written.set_exception(error)
+            waiting.append((written, outcome))
+            tell(WRITING)
+        tell(0)
 
 
-def _jobs_of(source: Path, target: Path, done: Done) -> Iterator[tuple[Path, Path]]:
-    """(picture, where it goes) of a folder's tree; what was restored into it before is left out."""
-    taken: set[Path] = set()
-    inside = target.resolve().is_relative_to(source.resolve()) and target.resolve() != source.resolve()
-    for path in files_below(source):
-        name = path.relative_to(source)
-        if is_junk(str(name)) or (inside and path.resolve().is_relative_to(target.resolve())):
-            continue
-        if path.suffix.lower() not in READABLE:
-            if path.suffix.lower() in OTHER_PICTURES:
-                done.skipped.append(path)
-            continue
-        destination = target / name.with_name(_writable_name(path))
-        if destination in taken or (
-            destination.name != path.name and (source / name.with_name(destination.name)).exists()
-        ):
-            destination = destination.with_name(f"{path.name}.png")  # x.bmp beside x.png
-        taken.add(destination)
-        yield path, destination
+def _ahead(jobs: Sequence[Job], reader: ThreadPoolExecutor, how: How) -> Iterator[tuple[Job, Future[Picture | None]]]:
+    """Each job with its picture to come; the next one is read while a job is worked on."""
+    started: deque[tuple[Job, Future]] = deque()
+    for job in jobs:
+        started.append((job, reader.submit(_read, job, how)))
+        if len(started) > 1:
+            yield started.popleft()
+    yield from started
 
 
-def _writable_name(path: Path) -> str:
-    return path.name if path.suffix.lower() != ".bmp" else f"{path.stem}.png"
+def _read(job: Job, how: How) -> Picture | None:
+    """The picture of a job, None where it is restored already; a target that cannot be is told before any work."""
+    if job.target != PIPE:
+        if how.skip_existing and job.target.exists():
+            return None
+        check_target(job.target, overwrite=how.overwrite)
+    if job.source == PIPE:
+        return decode(sys.stdin.buffer.read(), "standard input", how.most)
+    if job.source.is_dir():
+        raise PictureError(f"{job.source}: is a folder, though it is called as a picture is")
+    return read_picture(job.source, how.most)
+
+
+def _write(target: Path, picture: Picture, how: How) -> None:
+    if target != PIPE:
+        return write_picture(target, picture, overwrite=how.overwrite)
+    data = encode(picture, picture.kind, "standard output")
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # else Python says it again when it ends
+            sys.stdout.close()
+        raise PictureError("standard output: its reader went away") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +15,17 @@ import tifffile
 from PIL import Image
 
 from data.errors import DataError
-from data.files import replacing
+from data.files import write_atomically
 from data.picture import DESCRIPTIVE, read_stored
 
 READABLE = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
 WRITABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
+KINDS = {"JPEG": ".jpg", "PNG": ".png", "TIFF": ".tif", "WEBP": ".webp"}
 SIXTEEN_BIT = (".png", ".tif", ".tiff")
 ICC_TAG = 34675
 
 JPEG_QUALITY = 97
+MOST_PIXELS = 256_000_000  # unless more is allowed: the largest cameras have 200 megapixels
 
 
 class PictureError(ValueError):
@@ -30,47 +34,81 @@ class PictureError(ValueError):
 
 @dataclass
 class Picture:
-    """rgb: float32 [H, W, 3] in [0, 1], upright, in the file's own colour space (sRGB unless icc says otherwise).
+    """colour: uint8 or uint16 [H, W, 1 or 3], upright, in the file's own colour space (sRGB unless icc says otherwise).
 
-    alpha: [H, W] of the file's integer type, or None. bits: 8 or 16 per channel of the file. grey: one colour channel.
+    alpha: [H, W] of the same type, or None. kind: the suffix of the file's format, `.png` where that is not written.
     """
 
-    rgb: np.ndarray
-    bits: int = 8
-    grey: bool = False
+    colour: np.ndarray
     alpha: np.ndarray | None = None
     icc: bytes | None = None
     exif: bytes | None = None
+    kind: str = ".png"
 
 
-def read_picture(path: Path) -> Picture:
-    """Read a photograph. PictureError if it is missing or cannot be read (`data.picture`)."""
+def read_picture(path: Path, most: int = MOST_PIXELS) -> Picture:
+    """Read a photograph. PictureError if it is missing, has more than `most` pixels, or cannot be read
+    (`data.picture`)."""
     try:
-        stored = read_stored(path.read_bytes(), str(path))
+        return decode(path.read_bytes(), str(path), most)
     except FileNotFoundError:
         raise PictureError(f"{path}: no such file") from None
     except OSError as error:
         raise PictureError(f"{path}: {error.strerror or error}") from None
+
+
+def decode(data: bytes, where: str, most: int = MOST_PIXELS) -> Picture:
+    """The picture in a file's bytes; as `read_picture`."""
+    if not data:
+        raise PictureError(f"{where}: the file is empty; replace it or leave it out")
+    kind, width, height = _header(data)
+    if width * height > most:
+        raise PictureError(
+            f"{where}: {width}×{height} px, more than {most / 1e6:g} megapixels: cut it into parts, or allow more"
+        )
+    try:
+        stored = read_stored(data, where)
     except DataError as error:
         raise PictureError(str(error)) from None
-    colour, bits = stored.colour, 16 if stored.colour.dtype == np.uint16 else 8
-    grey = colour.shape[2] == 1
-    rgb = (np.repeat(colour, 3, axis=2) if grey else colour).astype(np.float32) / np.float32(2**bits - 1)
-    return Picture(rgb, bits, grey, stored.alpha, stored.icc, stored.exif)
+    except MemoryError:
+        raise PictureError(f"{where}: there is not enough memory for it; cut it into parts") from None
+    return Picture(stored.colour, stored.alpha, stored.icc, stored.exif, kind)
+
+
+def _header(data: bytes) -> tuple[str, int, int]:
+    """(suffix, width, height) that the file's first bytes say; of what is no picture, nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                return KINDS.get(image.format or "", ".png"), *image.size
+    except Exception:  # of many types; what is wrong with it is told when it is decoded
+        return ".png", 0, 0
 
 
 def write_picture(path: Path, picture: Picture, *, overwrite: bool = False) -> None:
     """Write a picture in the kind its file name says, whole or not at all. PictureError if the file exists and
     `overwrite` is not set, or cannot be written. JPEG and WebP hold 8 bits; JPEG has no alpha."""
     check_target(path, overwrite=overwrite)
-    suffix = path.suffix.lower()
-    bits = picture.bits if suffix in SIXTEEN_BIT else 8
-    array = _to_array(picture, bits, alpha=suffix not in (".jpg", ".jpeg"), spread=suffix == ".png")
+    data = encode(picture, path.suffix, str(path))
     try:
-        with replacing(path, durable=False) as temporary:
-            _encode(temporary, array, suffix, picture)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data, durable=False)
     except OSError as error:
         raise PictureError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def encode(picture: Picture, suffix: str, where: str) -> bytes:
+    """The bytes of a file of this kind. PictureError where it cannot hold the picture (a side too long for JPEG)."""
+    suffix = suffix.lower()
+    deep = picture.colour.dtype == np.uint16 and suffix in SIXTEEN_BIT
+    array = _to_array(picture, deep, alpha=suffix not in (".jpg", ".jpeg"), spread=suffix == ".png")
+    try:
+        if deep:
+            return _deep_png(array, picture) if suffix == ".png" else _deep_tiff(array, picture)
+        return _plain(array, suffix, picture)
+    except (OSError, ValueError, struct.error) as error:
+        raise PictureError(f"{where}: cannot be written: {error}") from None
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -83,11 +121,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def _encode(path: Path, array: np.ndarray, suffix: str, picture: Picture) -> None:
-    if array.dtype == np.uint16 and suffix == ".png":
-        return _encode_deep_png(path, array, picture)
-    if array.dtype == np.uint16:
-        return _encode_deep_tiff(path, array, picture)
+def _plain(array: np.ndarray, suffix: str, picture: Picture) -> bytes:
     extra = {"exif": picture.exif, "icc_profile": picture.icc}
     options = {key: value for key, value in extra.items() if value}
     if suffix in (".jpg", ".jpeg"):
@@ -96,15 +130,17 @@ def _encode(path: Path, array: np.ndarray, suffix: str, picture: Picture) -> Non
         options |= {"lossless": True}
     if suffix in (".tif", ".tiff"):
         options |= {"compression": "tiff_deflate"}
-    Image.fromarray(array).save(path, format=Image.registered_extensions()[suffix], **options)
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format=Image.registered_extensions()[suffix], **options)
+    return file.getvalue()
 
 
-def _encode_deep_png(path: Path, array: np.ndarray, picture: Picture) -> None:
+def _deep_png(array: np.ndarray, picture: Picture) -> bytes:
     """16-bit PNG by OpenCV, then the chunks that it does not write, put before the pixels."""
     code = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}.get(array.shape[2] if array.ndim == 3 else 1)
     done, encoded = cv2.imencode(".png", array if code is None else cv2.cvtColor(array, code))
     if not done:
-        raise OSError(f"OpenCV could not encode {path.name}")
+        raise OSError("OpenCV could not encode it")
     data = encoded.tobytes()
     chunks = b""
     if picture.icc:
@@ -112,14 +148,14 @@ def _encode_deep_png(path: Path, array: np.ndarray, picture: Picture) -> None:
     if picture.exif:
         chunks += _png_chunk(b"eXIf", picture.exif.removeprefix(b"Exif\0\0"))
     header = 8 + 25  # signature, IHDR
-    path.write_bytes(data[:header] + chunks + data[header:])
+    return data[:header] + chunks + data[header:]
 
 
 def _png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _encode_deep_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
+def _deep_tiff(array: np.ndarray, picture: Picture) -> bytes:
     tags: list[tuple] = [(ICC_TAG, 7, len(picture.icc), picture.icc, True)] if picture.icc else []
     if picture.exif:
         exif = Image.Exif()
@@ -131,18 +167,17 @@ def _encode_deep_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
         "extrasamples": ["unassalpha"] if channels in (2, 4) else None,
         "planarconfig": "contig" if array.ndim == 3 else None,
     }
-    tifffile.imwrite(path, array, **layout, compression="zlib", metadata=None, extratags=tags)
+    file = io.BytesIO()
+    tifffile.imwrite(file, array, **layout, compression="zlib", metadata=None, extratags=tags)
+    return file.getvalue()
 
 
-def _to_array(picture: Picture, bits: int, *, alpha: bool, spread: bool) -> np.ndarray:
-    top, kind = 2**bits - 1, np.uint16 if bits == 16 else np.uint8
-    rgb = picture.rgb
-    if picture.grey:
-        rgb = rgb.mean(axis=2, keepdims=True)
-    values = np.rint(rgb.clip(0, 1) * top).astype(kind)
-    if alpha and picture.alpha is not None:
-        plane = picture.alpha if picture.bits == bits else np.rint(picture.alpha / (2**picture.bits - 1) * top)
-        values = np.concatenate([values, plane.astype(kind)[..., None]], axis=2)
-        if picture.grey and bits == 16 and spread:  # OpenCV writes no grey with alpha
-            values = values[..., [0, 0, 0, 1]]
+def _to_array(picture: Picture, deep: bool, *, alpha: bool, spread: bool) -> np.ndarray:
+    """[H, W] or [H, W, 2 to 4] of 16 bits (`deep`) or 8; alpha where it is wanted."""
+    planes = [picture.colour] + ([picture.alpha[..., None]] if alpha and picture.alpha is not None else [])
+    if not deep and picture.colour.dtype == np.uint16:
+        planes = [((plane.astype(np.uint32) + 128) // 257).astype(np.uint8) for plane in planes]
+    values = np.concatenate(planes, axis=2) if len(planes) > 1 else planes[0]
+    if values.shape[2] == 2 and deep and spread:  # OpenCV writes no grey with alpha
+        values = values[..., [0, 0, 0, 1]]
     return values[..., 0] if values.shape[2] == 1 else values

@@ -32,7 +32,7 @@ class RunFolder:
     """Paths inside `root/name`, and what is written there by rank 0.
 
     path/config.yaml, log.txt, metrics.jsonl, yardsticks.json, checkpoints/, tensorboard/, panel.png, curve.png,
-    report.md
+    report.md, report.html
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,6 +44,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.yardsticks = path / "yardsticks.json"
         self.panel, self.curve, self.report = (path / name for name in ("panel.png", "curve.png", "report.md"))
+        self.page = path / "report.html"
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:

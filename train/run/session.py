@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -37,6 +37,7 @@ from train.engine.zero import trainable
 from train.evaluate.scores import Evaluation
 from train.log import log, start_logging
 from train.objective.task import DeblurTask
+from train.run.facts import run_facts
 from train.run.first import first_weights
 from train.run.folder import RunFolder
 from train.run.kernels import guard_kernels
@@ -251,9 +252,15 @@ class Session:
             shares = StepShares(engine.module, self.task.teacher, lambda: graphs is not None and graphs.recording)
             peak = peak_flops(engine.device, self.config.engine.precision, engine.world)
             rates = Rates(self.config, engine.world, peak, self.step)
-            records = Records(self.folder, self.config, self.console, self.step, shares, rates)
+            records = Records(self.folder, self.config, self.console, self.step, shares, rates, self._facts)
             engine.timed = records.timed
             self.records = opened.enter_context(records)
+
+    def _facts(self, records: Sequence[Mapping]) -> dict[str, str]:
+        """What a report says of the run beside its scores."""
+        train, val = self._sources
+        sources = {"training data": "; ".join(map(str, train)), "validation data": str(val)}
+        return run_facts(self.config, self.engine, records, sources, self._commit)
 
     # -- the loop's calls ---------------------------------------------------------------------------------------------
 
@@ -394,9 +401,7 @@ class Session:
         if self.engine.main and not self.stopping.agreed:
             self.checkpoints.forget_replaced()
         if self.records is not None and self.evaluation is not None and not self.stopping.agreed:
-            train, val = self._sources
-            sources = {"training data": "; ".join(map(str, train)), "validation data": str(val)}
-            self.records.report(self.evaluation, self.engine, sources, self._commit)
+            self.records.report(self.evaluation)
 
     def _end_bar(self) -> None:
         if self.records is not None:

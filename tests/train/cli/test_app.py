@@ -46,7 +46,8 @@ def test_evaluate_repeats_the_runs_own_evaluation(runs, unbroken, sharpprior, tm
     for value in last["similarity"]:
         assert f"| {value:.3f} |" in report
     assert (tmp_path / "report" / "panel.png").is_file()
-    assert sharpprior("evaluate", runs.folder(unbroken), "-o", tmp_path / "report")[0] == 1
+    status, again, _ = sharpprior("evaluate", runs.folder(unbroken), "-o", tmp_path / "report")
+    assert (status, "nothing is done again" in again) == (0, True)
 
 
 def test_a_folder_with_a_bad_picture_restores_the_rest_and_fails(runs, unbroken, sharpprior, tmp_path):
@@ -64,9 +65,11 @@ def test_a_folder_with_a_bad_picture_restores_the_rest_and_fails(runs, unbroken,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("restore", "{tmp}/nowhere", "{tmp}/a.png", "-o", "b.png"), "a.png: no such file"),
-        (("restore", "{tmp}/nowhere", "{tmp}", "-o", "b.png"), "nowhere: no such run"),
-        (("restore", "{tmp}", "{tmp}", "-o", "b.png"), "no model in it"),
+        (("restore", "{run}", "{tmp}/a.png", "-o", "b.png"), "a.png: no such file"),
+        (("restore", "{tmp}/nowhere", "{tmp}", "-o", "b.png"), "nowhere: no such file"),
+        (("restore", "{photo}", "--model", "{tmp}/nowhere", "-o", "b.png"), "nowhere: no such model"),
+        (("restore", "{photo}", "--model", "{tmp}", "-o", "b.png"), "no model in it"),
+        (("restore", "{run}"), "is a model: name the pictures"),
         (("restore", "{run}", "{tmp}", "-o", "b", "--checkpoint", "step-7"), "there are step-6, step-12"),
         (("restore", "{run}", "{tmp}", "-o", "b", "--device", "warp"), "--device warp"),
         (("restore", "{run}", "{tmp}", "-o", "b"), "no pictures in this folder"),
@@ -75,7 +78,9 @@ def test_a_folder_with_a_bad_picture_restores_the_rest_and_fails(runs, unbroken,
     ],
 )
 def test_mistakes_are_one_line(runs, unbroken, sharpprior, tmp_path, arguments, words):
-    filled = [text.format(tmp=tmp_path, run=runs.folder(unbroken)) for text in arguments]
+    photo = tmp_path.parent / f"{tmp_path.name}.png"
+    Image.new("RGB", (8, 8)).save(photo)
+    filled = [text.format(tmp=tmp_path, run=runs.folder(unbroken), photo=photo) for text in arguments]
     status, _, error = sharpprior(*filled)
     assert status == 1
     assert error.startswith("error: ")
@@ -88,7 +93,8 @@ def test_a_damaged_model_is_refused(runs, unbroken, sharpprior, tmp_path):
     shutil.copytree(runs.folder(unbroken), run)
     weights = run / "checkpoints/step-00000012/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    status, _, error = sharpprior("restore", run, tmp_path, "-o", tmp_path / "out")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    status, _, error = sharpprior("restore", run, tmp_path / "a.png", "-o", tmp_path / "out.png")
     assert status == 1
     assert "model.safetensors" in error
     assert "--checkpoint" in error

@@ -19,7 +19,7 @@ LONG = {"train__steps": 12, "train__distill_steps": 4, "checkpoint__every": 6}
 
 def test_a_run_leaves_everything_that_it_promises(runs, unbroken):
     folder = runs.folder(unbroken)
-    for name in ("config.yaml", "log.txt", "metrics.jsonl", "report.md", "panel.png", "curve.png"):
+    for name in ("config.yaml", "log.txt", "metrics.jsonl", "report.md", "panel.png", "curve.png", "report.html"):
         assert (folder / name).stat().st_size > 0, name
     assert list((folder / "tensorboard").iterdir())
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
