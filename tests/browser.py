@@ -37,10 +37,13 @@ class Browser:
         options.binary_location = _program("chromium", "chromium-browser", "google-chrome")
         for each in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
             options.add_argument(each)
-        options.add_argument(f"--user-data-dir={folder}")
+        options.add_argument(f"--user-data-dir={folder / 'profile'}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         service = Service(_program("chromedriver", "chromium.chromedriver"))
         self.driver = webdriver.Chrome(options=options, service=service)
+        self._downloads = folder / "downloads"
+        wanted = {"behavior": "allow", "downloadPath": str(self._downloads)}
+        self.driver.execute_cdp_cmd("Browser.setDownloadBehavior", wanted)
 
     def close(self) -> None:
         """End it."""
@@ -89,6 +92,17 @@ class Browser:
                 pass
             time.sleep(0.1)
         pytest.fail(f"waited {seconds:.0f} s for {what or asked}; the page says:\n{self.find('body').text[:2000]}")
+
+    def downloaded(self, selector: str) -> Path:
+        """The file that a click on an element downloads."""
+        shutil.rmtree(self._downloads, ignore_errors=True)
+        self._downloads.mkdir()
+        self.find(selector).click()
+
+        def whole() -> list[Path]:
+            return [path for path in self._downloads.iterdir() if path.suffix != ".crdownload" and path.name[0] != "."]
+
+        return self.wait(whole, f"a download by {selector}")[0]
 
     def requests(self) -> list[str]:
         """Addresses that were asked for since the last call."""

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from train.demo import play
+from train.demo import play, words
 from train.demo.acts import Acts, How, Played
 from train.demo.examples import CREDIT, blurry_examples, sharp_photos
 from train.demo.models import TILES
@@ -59,11 +59,11 @@ def build(acts: Acts, *, local: bool) -> gr.Blocks:
 def _first_look(acts: Acts) -> tuple:
     """What a visitor finds: an example restored, and a blur played with."""
     how, visit = How(acts.models.labels[0]), Visit.begin(acts.root)
-    pictures, words, *_ = acts.restore_example(blurry_examples()[FIRST], 1.0, how, visit)
+    pictures, said, *_ = acts.restore_example(blurry_examples()[FIRST], 1.0, how, visit)
     visit.end()
     points, extent = play.sample_path("severe", np.random.default_rng(FIRST_PATH))
     done = acts.play(next(iter(sharp_photos().values())), points, extent, 1.0, how)
-    return pictures, f'<p class="facts">An example:</p>{words}', *_as_shown(done), {"points": points}, extent
+    return pictures, f'<p class="facts">An example:</p>{said}', *_as_shown(done), {"points": points}, extent
 
 
 def _as_shown(done: Played) -> tuple:
@@ -101,22 +101,25 @@ def _photo_tab(acts: Acts, how: list, seconds: float) -> list:
     outputs = [slider, told, download, visit]
 
     def answer(result: tuple) -> tuple:
-        pictures, words, path, value = result
-        return pictures, words, gr.DownloadButton(f"Download {path.name}", value=str(path), interactive=True), value
+        pictures, said, path, value = result
+        return pictures, said, gr.DownloadButton(f"Download {path.name}", value=str(path), interactive=True), value
 
-    @told_to_the_visitor
+    def blank(said: str) -> tuple:
+        return None, said, gr.DownloadButton("Download", value=None, interactive=False), gr.skip()
+
+    @refusing(blank)
     def restore(path, strength, model, tile, ensemble, visit, progress=gr.Progress()):  # noqa: B008 (gradio's way)
         if path is None:
             raise ValueError("choose a photograph first: drop one, or take one of the examples")
         chosen = How(model, tile, ensemble)
         return answer(acts.restore(Path(path), strength, chosen, visit, shown_by(progress)))
 
-    @told_to_the_visitor
+    @refusing(blank)
     def example(event: gr.SelectData, strength, model, tile, ensemble, visit, progress=gr.Progress()):  # noqa: B008
         chosen = How(model, tile, ensemble)
         return answer(acts.restore_example(examples[event.index], strength, chosen, visit, shown_by(progress)))
 
-    @told_to_the_visitor
+    @refusing(lambda said: blank(said)[:3])
     def blend(strength: float, visit: Visit | None):
         if visit is None or visit.photo is None:
             return gr.skip(), gr.skip(), gr.skip()
@@ -176,7 +179,7 @@ def _play_tab(acts: Acts, how: list) -> list:
                     elem_id="kernel", elem_classes="kernel",
                 )  # fmt: skip
 
-    @told_to_the_visitor
+    @refusing(lambda said: (gr.skip(), None, said, None))
     def played(sharp, value, extent, noise, model, tile, ensemble, progress=gr.Progress()):  # noqa: B008
         points = value.get("points") if isinstance(value, dict) else None
         if not points:
@@ -191,9 +194,11 @@ def _play_tab(acts: Acts, how: list) -> list:
     def chosen(event: gr.SelectData):
         return list(photos.values())[event.index]
 
-    @told_to_the_visitor
     def own_photo(path):
-        return gr.skip() if path is None else acts.own_sharp(Path(path))
+        try:
+            return acts.own_sharp(Path(path))
+        except ValueError as error:  # what would follow does not
+            raise gr.Error(escape(str(error)), duration=12, print_exception=False) from None
 
     run = {"fn": played, "inputs": [sharp, pad, extent, noise, *how], "outputs": [shown, slider, told, kernel]}
     run |= {"show_progress_on": slider, **LISTENING}
@@ -212,14 +217,19 @@ def shown_by(progress: gr.Progress) -> Callable[[int, int], None]:
     return lambda done, every: progress((done, every), desc="restoring", unit="tiles")
 
 
-def told_to_the_visitor(act: Callable[..., Any]) -> Callable[..., Any]:
-    """The act, what its visitor got wrong told on the page: as text, never as HTML."""
+def refusing(blank: Callable[[str], tuple]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An act that tells what its visitor got wrong, as text and never as HTML, and leaves nothing of an older result
+    beside it: `blank` makes the outputs of such words."""
 
-    @functools.wraps(act)
-    def guarded(*values: Any, **named: Any) -> Any:
-        try:
-            return act(*values, **named)
-        except ValueError as error:
-            raise gr.Error(escape(str(error)), duration=12, print_exception=False) from None
+    def around(act: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(act)
+        def guarded(*values: Any, **named: Any) -> Any:
+            try:
+                return act(*values, **named)
+            except ValueError as error:
+                gr.Warning(escape(str(error)), duration=12, title="Not done")
+                return blank(words.refused(str(error)))
 
-    return guarded
+        return guarded
+
+    return around

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from train.restore.files import How, restore_picture
 from train.restore.picture import WRITABLE, Picture, read_picture, write_picture
 from train.restore.restorer import Restorer, Tile
 
@@ -20,8 +21,8 @@ SHOWN = 2048  # px of the longer side on the page; the file that is downloaded h
 class Photo:
     """A photograph and what the model made of it at full strength.
 
-    before, after: [H, W, 3] of the file's own 8 or 16 bits, on the disk, so that many visitors need little memory;
-    picture: what else the file holds (bit depth, alpha, profile, Exif), without pixels; seconds: of restoring.
+    before, after: [H, W, 1 or 3] of the file's own 8 or 16 bits, on the disk, so that many visitors need little memory;
+    picture: what else the file holds (alpha, profile, Exif), without pixels; seconds: of restoring.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Photo:
     seconds: float
 
     def blended(self, strength: float) -> np.ndarray:
-        """The photograph (0), what was restored (1), or between them: [H, W, 3] of its own integers."""
+        """The photograph (0), what was restored (1), or between them, of its own integers."""
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength}: expected 0 (the photograph) to 1 (what was restored)")
         before = self.before.astype(np.float32)
@@ -46,9 +47,7 @@ class Photo:
         name = Path(self.name)
         suffix = name.suffix if name.suffix.lower() in WRITABLE else ".png"
         path = folder / f"{name.stem}_restored{suffix}"
-        top = np.float32(np.iinfo(self.before.dtype).max)
-        rgb = self.blended(strength).astype(np.float32) / top
-        write_picture(path, replace(self.picture, rgb=rgb), overwrite=True)
+        write_picture(path, replace(self.picture, colour=self.blended(strength)), overwrite=True)
         return path
 
 
@@ -63,19 +62,19 @@ def restore_photo(
 ) -> Photo:
     """Restore a file that was uploaded; its pixels are kept in the folder. PictureError for what cannot be read."""
     picture = read_picture(path)
-    kind = np.uint16 if picture.bits == 16 else np.uint8
-    before = np.rint(picture.rgb * np.float32(np.iinfo(kind).max)).astype(kind)
     began = time.perf_counter()
-    after = restorer(before, tile=tile, ensemble=ensemble, on_tile=on_tile)
+    restored = restore_picture(restorer, picture, How(tile=tile, ensemble=ensemble), on_tile)
     seconds = time.perf_counter() - began
-    kept = [_on_disk(folder / f"{name}.npy", array) for name, array in (("before", before), ("after", after))]
-    return Photo(path.name, *kept, replace(picture, rgb=np.empty((0, 0, 3), np.float32)), seconds)
+    before, after = (_on_disk(folder / f"{n}.npy", p.colour) for n, p in (("before", picture), ("after", restored)))
+    return Photo(path.name, before, after, replace(picture, colour=before[:0, :0]), seconds)
 
 
 def for_page(image: np.ndarray, side: int = SHOWN) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of 8 or 16 bits, by area averaging at most `side` px long."""
+    """uint8 RGB [H, W, 3] of [H, W, 1 or 3] of 8 or 16 bits, by area averaging at most `side` px long."""
     if image.dtype == np.uint16:
         image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if image.shape[2] == 1:
+        image = np.repeat(image, 3, axis=2)
     height, width = image.shape[:2]
     if max(height, width) <= side:
         return image
@@ -85,5 +84,6 @@ def for_page(image: np.ndarray, side: int = SHOWN) -> np.ndarray:
 
 
 def _on_disk(path: Path, array: np.ndarray) -> np.ndarray:
+    path.unlink(missing_ok=True)  # an older photograph may still be mapped: it keeps the file that it has
     np.save(path, array)
     return np.load(path, mmap_mode="r")

@@ -15,11 +15,16 @@ BAR_FROM = 3.0  # dB below the lowest score where the bars begin
 def said_of_photo(photo: Photo, model: str, how: str) -> str:
     """Size, time and model; and that nobody knows how good it is."""
     height, width = photo.before.shape[:2]
-    facts = [f"{width} × {height} px", f"{photo.picture.bits} bits", how, f"{photo.seconds:.1f} s", model]
+    facts = [f"{width} × {height} px", f"{8 * photo.before.itemsize} bits", how, f"{photo.seconds:.1f} s", model]
     text = f'<p class="facts">{" · ".join(escape(fact) for fact in facts)}</p>'
     if max(width, height) > SHOWN:
         text += f'<p class="facts">Shown at {SHOWN} px; the download has all pixels.</p>'
     return text
+
+
+def refused(problem: str) -> str:
+    """In place of a result."""
+    return f'<div class="verdict bad">{escape(problem)}</div>'
 
 
 def unknown_truth() -> str:

@@ -78,7 +78,7 @@ class Tested:
 
 
 class Evaluating:
-    """One process's part of an evaluation: opened, then `run`, then `finished` tells whether all pictures are done.
+    """One process's part of an evaluation: opened, then `run`; `finish` writes the results where all parts are done.
 
     folder: where measurements are kept. ValueError where it holds those of something else.
     """

@@ -24,6 +24,8 @@ from data.stream.validation import validation_count, validation_pairs
 from train.evaluate.scores import VALIDATION_SEED
 from train.evaluate.yardsticks import known_kernel
 
+UNSPLIT = "no split"  # of folders of pairs that have none
+
 
 class Item(NamedTuple):
     """One pair that will be tested: its key, the scene that it resembles others of, its tier ("" where only its input
@@ -90,9 +92,11 @@ class RecordedPairs:
             pairs, split = with_own_keys(pairs_of_list(pairs_list, root)), pairs_list.name
         elif folders is not None:
             base = root / split if (root / split).is_dir() else root
-            pairs, split = with_own_keys(pairs_in_folders(base, *folders, root=root)), base.name
+            pairs = with_own_keys(pairs_in_folders(base, *folders, root=root))
+            split = split if base != root else UNSPLIT
         else:
             pairs = list_dataset(layout, root, split=split, variant=variant, partial=partial)
+            split = split if layout != "pairs" or (root / split).is_dir() else UNSPLIT
         if not pairs:
             raise DataError(f"{root}: no pairs here; check --blurry, --sharp and --list")
         self._files = pairs
@@ -102,10 +106,11 @@ class RecordedPairs:
         chosen = fair_draw([pair.key for pair in pairs], scenes, max_pairs)
         self.items = [Item(pairs[n].key, scenes[n], "", n, _sizes(pairs[n])) for n in chosen]
         self.aligned = layout.startswith("realblur-")
-        self.label = "-".join(filter(None, (layout, split, variant)))
+        name = f"pairs-{root.resolve().name}" if layout == "pairs" else layout
+        self.label = "-".join(filter(None, (name, split if split != UNSPLIT else "", variant)))
         self.digest = _digest([layout, split, variant, *(pairs[n].key for n in chosen)])
         self.facts = {
-            "set": known.help if layout != "pairs" else f"pairs in {root.name}",
+            "set": known.help if layout != "pairs" else f"pairs in {root.resolve().name}",
             "layout": layout,
             "split": split,
             "blur variant": variant or "as recorded",

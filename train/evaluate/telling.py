@@ -59,11 +59,7 @@ def warnings(results: Results) -> list[str]:
     if tiled:
         number = "All pictures" if tiled == len(pictures) else f"{tiled} of {len(pictures)} pictures"
         lines.append(f"{number} were restored in tiles; published numbers are of whole pictures.")
-    if results["tiers"][-1]["scenes"] < FEW:
-        lines.append(
-            f"Few scenes ({results['tiers'][-1]['scenes']}): intervals from a bootstrap over fewer than {FEW} are too "
-            "narrow; trust none that barely leaves 0."
-        )
+    lines += few_scenes(results["tiers"][-1]["scenes"])
     still = next((row for row in results["tiers"] if row["tier"] == "identity"), None)
     if still is not None and still["gain"] < HARM:
         lines.append(f"Pictures that are not blurred LOSE by it: {gain(still, 'gain')} on the identity tier.")
@@ -74,6 +70,16 @@ def warnings(results: Results) -> list[str]:
             "pictures); those were measured as they are, as the official script does."
         )
     return lines
+
+
+def few_scenes(scenes: int) -> list[str]:
+    """A line where intervals are of too few scenes to be believed to the letter."""
+    if scenes >= FEW or scenes == 1:
+        return []
+    return [
+        f"Few scenes ({scenes}): intervals from a bootstrap over fewer than {FEW} are too narrow; trust none that "
+        "barely leaves 0."
+    ]
 
 
 def facts(results: Results) -> dict[str, str]:
@@ -132,7 +138,7 @@ def yardstick_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """(heads, rows) of the headline's metric of what needs no model, beside the restored pictures; rows are tiers."""
     metric = results["headline"]["metric"]
     digits = results["metrics"][metric]["digits"]
-    columns = [INPUT, *dict.fromkeys(name for row in results["tiers"] for name in row["yardsticks"])]
+    columns = [name for name in TRIVIAL if name == INPUT or any(name in row["yardsticks"] for row in results["tiers"])]
     rows = []
     for row in results["tiers"]:
         values = {INPUT: row["input"], **row["yardsticks"]}
@@ -183,7 +189,7 @@ def lines(results: Results) -> list[str]:
     for row in results["tiers"]:
         before, after = (f"{row[of][metric]:6.{known['digits']}f}" for of in ("input", "restored"))
         told.append(
-            f"{group(row):{width}s} {row['pictures']:5d} pictures  {before} → {after} dB  "
+            f"{group(row):{width}s}  {count(row['pictures'], 'picture'):>13s}  {before} → {after} dB  "
             f"gain {gain(row, 'gain')}  over the best trivial ({row['trivial']}) {gain(row, 'over_trivial')}"
         )
     means = ", ".join(

@@ -93,7 +93,9 @@ class Records:
     def _parts(self, step: int, stage: str, parts: Mapping[str, float]) -> None:
         """What a forward pass consists of, which cannot be seen where it is replayed."""
         if len(parts) > 1:
-            self.folder.append_metrics({"step": step, "stage": stage, "parts": dict(parts)})
+            record = {"step": step, "stage": stage, "parts": dict(parts)}
+            self.folder.append_metrics(record)
+            self._page.add(record)
             told = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
             log.info("forward pass, stage %s: %s", stage, told)
 

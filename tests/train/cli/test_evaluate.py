@@ -116,7 +116,7 @@ def test_a_finished_evaluation_is_shown_again_and_never_overwritten(model, sharp
 def test_without_a_folder_results_lie_beside_the_model(sharpprior, tmp_path):
     model = tiny_model(tmp_path / "tiny.safetensors")
     assert sharpprior("evaluate", model, "--data", f"pairs:{pairs_tree(tmp_path / 'p', 2)}")[0] == 0
-    assert (tmp_path / "tiny-evaluations" / "pairs-test" / "results.json").is_file()
+    assert (tmp_path / "tiny-evaluations" / "pairs-p" / "results.json").is_file()
 
 
 def start(*arguments, **environment) -> subprocess.Popen:
@@ -188,7 +188,7 @@ def test_pages_are_one_file_and_two_models_are_compared(model, sharpprior, tmp_p
         assert sharpprior("evaluate", path, "--data", f"pairs:{root}", "-o", tmp_path / out)[0] == 0
     status, text, _ = sharpprior("compare", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c")
     assert status == 0
-    assert text.startswith("# other against tiny on pairs in p, test")
+    assert text.startswith("# other against tiny on pairs in p, no split")
     assert {path.name for path in (tmp_path / "c").iterdir()} == {
         f"compare.{end}" for end in ("md", "tex", "html", "json")
     }

@@ -62,6 +62,7 @@ def test_a_known_difference_is_found_with_its_interval(tmp_path, gains):
     unpaired = np.std(gains) * np.sqrt(2 / 40) * 1.96
     assert two.high - two.low < 2 * unpaired
     assert two.wins == pytest.approx(np.mean(better > gains))
+    assert not any("Few scenes" in note for note in found.notes)
     lower = row.metrics["gmsd"][1]
     assert lower.difference == pytest.approx(-0.01 * np.mean(better - gains))
     assert lower.wins == pytest.approx(two.wins)  # lower is better there
@@ -71,6 +72,11 @@ def test_a_known_difference_is_found_with_its_interval(tmp_path, gains):
     ((sentence, mood),) = said(compare(load_all([b, a])))
     assert mood == "bad"
     assert "WORSE" in sentence
+
+
+def test_few_scenes_are_told(tmp_path, gains):
+    a, b = evaluation(tmp_path / "a", "A", gains[:35]), evaluation(tmp_path / "b", "B", gains[:35] + 1)
+    assert any("Few scenes (7)" in note for note in compare(load_all([a, b])).notes)
 
 
 def test_no_difference_is_said_to_be_none(tmp_path, gains):
@@ -163,7 +169,7 @@ def test_markdown_json_and_page_say_the_same(tmp_path, gains):
     text = markdown(found)
     assert "A\\|a" in text
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
-    assert set(widths) == {5, 6}
+    assert set(widths) == {3, 5, 6}
     assert "+0.500" in text
     told = json.loads(json.dumps(as_json(found), allow_nan=False))
     assert told["tiers"][-1]["metrics"]["psnr"][1]["difference"] == pytest.approx(0.5)

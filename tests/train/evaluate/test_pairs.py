@@ -99,7 +99,15 @@ def test_what_is_written_after_data_is_understood(tmp_path):
     assert open_pairs(None, config).label == open_pairs("synth", config).label == "validation"
     named = {"folders": ("mine", "sharp")}
     (pairs_tree(tmp_path / "p", 2) / "blur").rename(tmp_path / "p" / "mine")
+    (tmp_path / "p" / "test").mkdir()
+    for kind in ("mine", "sharp"):
+        (tmp_path / "p" / kind).rename(tmp_path / "p" / "test" / kind)
+    assert open_pairs(f"pairs:{tmp_path / 'p'}", config, **named).label == "pairs-p-test"
+    for kind in ("mine", "sharp"):
+        (tmp_path / "p" / "test" / kind).rename(tmp_path / "p" / kind)
+    (tmp_path / "p" / "test").rmdir()
     mine = open_pairs(f"pairs:{tmp_path / 'p'}", config, **named)
+    assert (mine.label, mine.facts["split"]) == ("pairs-p", "no split")
     assert [item.scene for item in mine.items] == [item.key for item in mine.items]
 
 

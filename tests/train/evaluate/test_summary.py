@@ -55,12 +55,13 @@ def test_gains_are_paired_and_over_the_best_trivial_of_each_row():
     pictures = [
         record("a", 22.0, 24.0, tier="severe", yardsticks={"gaussian": 22.5, "unsharp": 21.0, "wiener": 40.0}),
         record("b", 20.0, 21.0, tier="severe", yardsticks={"gaussian": 20.9, "unsharp": 19.0}),
-        record("c", 18.0, 18.2, tier="extreme", yardsticks={"gaussian": 17.0, "unsharp": 18.4}),
+        record("c", 18.0, 18.2, tier="extreme", yardsticks={"gaussian": 17.0, "unsharp": 18.4, "wiener": 40.0}),
     ]
     severe, extreme, hard = summarise(pictures, "psnr")
     assert (severe["trivial"], extreme["trivial"], hard["trivial"]) == ("gaussian", "unsharp", "gaussian")
     assert severe["gain"] == pytest.approx(1.5)
     assert severe["over_trivial"] == pytest.approx((1.5 + 0.1) / 2)
+    assert extreme["yardsticks"]["wiener"]["psnr"] == 40.0  # told the kernel: shown, and no rival
     assert extreme["over_trivial"] == pytest.approx(-0.2)
     assert extreme["low"] is extreme["over_low"] is None  # one scene
     assert hard["gain"] == pytest.approx(3.2 / 3)
