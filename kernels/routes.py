@@ -120,6 +120,7 @@ def case_from_json(given: object) -> Case:
 # -- the choice in this process ---------------------------------------------------------------------------------------
 
 _chosen: dict[Group, str] = {}
+_composed: list[None] = []  # one entry a block of `composed` that is open
 _judged: dict[Group, set[bool]] = {}
 _told: set[tuple] = set()
 _recorded: list[dict[Case, None]] = []
@@ -150,6 +151,8 @@ def chosen(group: Group, first: Tensor) -> tuple[str | None, Tensor]:
     In a process that judges, nothing unjudged runs on the kernels: a group that is not known takes the composed form,
     an unjudged layout is turned into the judged one. Either is told once.
     """
+    if _composed:
+        return "composed", first
     if not _chosen:
         return None, first
     route = _chosen.get(group)
@@ -167,6 +170,16 @@ def _tell_once(key: tuple, instead: str) -> None:
     if not torch.compiler.is_compiling() and key not in _told:
         _told.add(key)
         _log.warning("kernels: %s was not checked before this run: %s", " ".join(map(str, key)), instead)
+
+
+@contextlib.contextmanager
+def composed() -> Iterator[None]:
+    """In the block `impl="auto"` takes the composed form everywhere: operators that every program knows, for export."""
+    _composed.append(None)
+    try:
+        yield
+    finally:
+        _composed.pop()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ Level l = 1..L has stride 4·2^(l-1). Teacher and student are both built here; w
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +90,7 @@ class Encoder(nn.Module):
         height, width = image.shape[-2:]
         net = self._folded[0] if self._folded else self.net
         features = net.forward_intermediates(self._prepared(image), **self._asked)
-        sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in self.strides]
+        sizes = [(-(-height // s), -(-width // s)) for s in self.strides]  # whole numbers, for tracing too
         if self.patch is not None:
             maps = zip(features, self.strides, sizes, strict=True)
             return tuple(resample_tokens(tokens, self.patch, stride, size) for tokens, stride, size in maps)

@@ -20,6 +20,7 @@ from torch import nn
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 SINGLE = ".safetensors"  # the suffix of a model that is one file
 CONFIG_KEY = "config"  # of the metadata in the weights' file: the YAML text
+CONFIG_TENSOR = "sharpprior.config"  # the same text as a tensor of bytes, for programs that read tensors alone
 DIGEST_KEY, _NO_DIGEST = "blake2b", "0" * 32  # of the metadata: the digest of the file
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _WHOLES = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
@@ -108,6 +109,22 @@ def config_text(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
+def config_tensor(config: Mapping[str, Any]) -> torch.Tensor:
+    """A resolved configuration as a uint8 tensor: the bytes of its YAML text."""
+    return torch.frombuffer(bytearray(config_text(config).encode()), dtype=torch.uint8)
+
+
+def config_of_tensor(tensor: torch.Tensor) -> dict[str, Any]:
+    """The configuration in such a tensor; ValueError for any other."""
+    try:
+        config = yaml.safe_load(bytes(tensor.cpu().to(torch.uint8).tolist()).decode())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{CONFIG_TENSOR} is damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG_TENSOR} is damaged: a mapping of settings is expected")
+    return config
+
+
 def save_pretrained(path: str | Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
     """Write a full state dict and its resolved config into a folder, or, where `path` ends in .safetensors, into that
     one file; each file appears whole or not at all.
@@ -177,7 +194,7 @@ def load_state(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"no model in {path}: {file.name} is absent (name a folder written by training)")
     check_digest(file)
     try:
-        return load_file(file)
+        return {name: value for name, value in load_file(file).items() if name != CONFIG_TENSOR}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}): save the model again") from error
 

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import torch
 
-from model.pretrained import CONFIG, SINGLE, WEIGHTS, load_config, load_state, save_pretrained
+from model.pretrained import (
+    CONFIG,
+    CONFIG_TENSOR,
+    SINGLE,
+    WEIGHTS,
+    config_tensor,
+    load_config,
+    load_state,
+    save_pretrained,
+)
 from train.checkpoint.manifest import MANIFEST
 from train.checkpoint.plug import part_state
 from train.checkpoint.saved import model_folder
@@ -14,13 +23,16 @@ from train.checkpoint.saved import model_folder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def export_model(run: Path, out: Path, *, which: str, dtype: str, overwrite: bool, prior: bool = False) -> Path:
+def export_model(
+    run: Path, out: Path, *, which: str, dtype: str, overwrite: bool, prior: bool = False, spandrel: bool = False
+) -> Path:
     """Write the model of a run, checkpoint or export to `out` and return the folder or file that it was read from.
 
     out: a file NAME.safetensors, which holds the configuration in its metadata, or a folder for model.safetensors and
     config.yaml. dtype: fp32 (as trained: the same outputs) or bf16 (half the size; loaded back as fp32). prior: the
-    prior network alone, which `model.prior_from` takes over. ValueError on a wrong path, a damaged checkpoint, a model
-    without a prior, or files that exist.
+    prior network alone, which `model.prior_from` takes over. spandrel: the configuration is one of the tensors too, as
+    programs that load with spandrel need it (`train.restore.spandrel`). ValueError on a wrong path, a damaged
+    checkpoint, a model without a prior, or files that exist.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected {' or '.join(DTYPES)}")
@@ -35,6 +47,8 @@ def export_model(run: Path, out: Path, *, which: str, dtype: str, overwrite: boo
     config = load_config(source)
     if isinstance(config.get("checkpoint"), dict):  # where a run's copies go is nobody else's business
         config["checkpoint"].pop("copy_to", None)
+    if spandrel:
+        state[CONFIG_TENSOR] = config_tensor(config)
     save_pretrained(target, state, config)
     return source
 

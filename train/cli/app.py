@@ -95,17 +95,34 @@ def kernels(
 @app.command()
 def export(
     run: Run,
-    out: Annotated[Path, typer.Option("-o", "--out", help="A file NAME.safetensors, or a folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A file NAME.safetensors, .pt2 or .onnx, or a folder.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", help="safetensors; torch (torch.export, .pt2) or onnx: programs of their own; spandrel."
+        ),
+    ] = "safetensors",
     checkpoint: Which = "latest",
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 for half the size.")] = "fp32",
     prior: Annotated[bool, typer.Option("--prior", help="The prior alone, for train/main.py --prior.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the averaged model, or its prior alone, as files that load without DeepSpeed and without the run."""
+    from model.names import choose
     from train.checkpoint.export import export_model
+    from train.checkpoint.program import SUFFIXES, export_program
     from train.checkpoint.saved import describe
 
-    source = export_model(run, out, which=checkpoint, dtype=dtype, prior=prior, overwrite=overwrite)
+    form = choose("format", form, ("safetensors", "spandrel", *SUFFIXES))
+    if prior and form != "safetensors":
+        raise ValueError(f"--prior: the prior alone is written as safetensors, not as {form}")
+    if form in SUFFIXES:
+        if dtype != "fp32":
+            raise ValueError(f"--dtype {dtype}: {form} is written in fp32")
+        source = export_program(run, out, form, which=checkpoint, overwrite=overwrite)
+    else:
+        how = {"which": checkpoint, "dtype": dtype, "prior": prior, "overwrite": overwrite}
+        source = export_model(run, out, **how, spandrel=form == "spandrel")
     text = f"exported {'the prior of ' if prior else ''}{describe(source)} of {run} as {dtype}: {out}"
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -1,0 +1,106 @@
+"""Exported programs: torch.export and ONNX give what the network gives, for pictures of any size; spandrel's too."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.deblurrer import build_deblurrer
+from model.pretrained import save_pretrained
+from tests.model.models import SMALL
+from train.checkpoint.saved import load_model
+from train.config.file import build_config
+
+pytestmark = pytest.mark.slow
+SIZES = ((97, 131), (64, 200), (34, 33))
+NETWORKS = {
+    "unet": {"name": "unet", "width": 8, "blocks": [1, 1]},
+    "nafnet": {"name": "nafnet", **SMALL["nafnet"]},
+    "mimounet": {"name": "mimounet", "num_res": 1},
+}
+RANDOM = {"weights": "random"}
+PRIOR = {"student": {"name": "light", "width": 8}, "teacher": RANDOM, "levels": 2, "spe": {"dim": 8, "groups": 2}}
+
+
+def model(folder, name: str):
+    """An exported model file of random weights that does something."""
+    backbone, _, prior = name.partition("+")
+    section = (
+        {"backbone": NETWORKS[backbone], "prior": False} if not prior else {"backbone": NETWORKS[backbone], **PRIOR}
+    )
+    network = build_deblurrer(ModelConfig(**section), seed=3, read_weights=False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if not parameter.abs().sum():
+            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    config = build_config({"model": section}).model_dump(mode="json")
+    save_pretrained(folder / "model.safetensors", network.state_dict(), config)
+    return folder / "model.safetensors"
+
+
+def expected(file, image):
+    network, _, _ = load_model(file, torch.device("cpu"))
+    with torch.no_grad():
+        restored = network(image).restored[-1].clamp(0, 1)
+    assert (restored - image).abs().max() > 0.02
+    return restored
+
+
+@pytest.mark.parametrize("name", ["unet", "nafnet", "mimounet", "unet+prior"])
+def test_programs_of_both_kinds_equal_the_network_at_any_size(sharpprior, tmp_path, name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    file = model(tmp_path, name)
+    for kind, suffix in (("torch", "pt2"), ("onnx", "onnx")):
+        assert sharpprior("export", file, "-o", tmp_path / f"a.{suffix}", "--format", kind)[0] == 0
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["sharpprior_model"])["backbone"]["name"] == name.partition("+")[0]
+    for number, size in enumerate(SIZES):
+        image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(number))
+        wanted = expected(file, image)
+        torch.testing.assert_close(program(image), wanted, rtol=0, atol=1e-4)
+        (restored,) = session.run(["restored"], {"blurry": image.numpy()})
+        np.testing.assert_allclose(restored, wanted.numpy(), rtol=0, atol=1e-4)
+
+
+def test_nothing_of_ours_is_in_an_onnx_program(sharpprior, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    assert sharpprior("export", model(tmp_path, "unet"), "-o", tmp_path / "a.onnx", "--format", "onnx")[0] == 0
+    found = onnx.load(tmp_path / "a.onnx")
+    onnx.checker.check_model(found)
+    assert {node.domain for node in found.graph.node} <= {""}
+
+
+def test_spandrel_loads_what_is_exported_for_it_and_so_do_we(sharpprior, tmp_path):
+    spandrel = pytest.importorskip("spandrel")
+    from train.restore.spandrel import register
+
+    file, other = model(tmp_path, "unet+prior"), tmp_path / "for_spandrel.safetensors"
+    assert sharpprior("export", file, "-o", other, "--format", "spandrel")[0] == 0
+    register()
+    register()
+    described = spandrel.ModelLoader().load_from_file(other)
+    assert (described.architecture.id, described.scale, described.input_channels) == ("sharpprior", 1, 3)
+    assert set(described.tags) == {"unet", "prior"}
+    image = torch.rand(1, 3, 70, 90)
+    with torch.no_grad():
+        torch.testing.assert_close(described(image).clamp(0, 1), expected(file, image), rtol=0, atol=1e-6)
+    torch.testing.assert_close(expected(other, image), expected(file, image), rtol=0, atol=0)
+
+
+def test_mistakes_of_export_are_one_line(sharpprior, tmp_path):
+    file = model(tmp_path, "unet")
+    (tmp_path / "taken.onnx").write_text("")
+    for arguments, words in (
+        (["-o", tmp_path / "a.onnx", "--format", "onx"], "did you mean onnx?"),
+        (["-o", tmp_path / "a.pt", "--format", "torch"], "ends in .pt2"),
+        (["-o", tmp_path / "taken.onnx", "--format", "onnx"], "--overwrite"),
+        (["-o", tmp_path / "a.onnx", "--format", "onnx", "--prior"], "--prior"),
+        (["-o", tmp_path / "a.onnx", "--format", "onnx", "--dtype", "bf16"], "fp32"),
+    ):
+        status, _, error = sharpprior("export", file, *arguments)
+        assert (status, len(error.strip().splitlines())) == (1, 1), error
+        assert words in error
