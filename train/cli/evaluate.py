@@ -57,6 +57,9 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(help="fp32 or bf16; default: what the model was trained with.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that align RealBlur's pictures; default: one a core.")
+    ] = None,
     save: Annotated[bool, typer.Option("--save", help="Keep every restored picture, in restored/.")] = False,
     overwrite: Overwrite = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")] = None,
@@ -94,7 +97,9 @@ def evaluate(
         max_pairs=max_pairs,
     )
     folder = out or default_folder(model.source, pairs, describe(model.source))
-    how = Settings(tile=_tile(tile), precision=precision, save=save, rank=rank, world=world)
+    cores = max(1, len(os.sched_getaffinity(0)) // int(found["LOCAL_WORLD_SIZE"]))
+    shared = {"workers": workers or cores, "rank": rank, "world": world}
+    how = Settings(tile=_tile(tile), precision=precision, save=save, **shared)
     evaluation = Evaluating(model, pairs, folder, where, how, overwrite=overwrite)
     todo = len(evaluation.todo())
     if rank == 0:

@@ -81,7 +81,6 @@ def _validation(
         shards,
         config.blur,
         label=label,
-        source=named or str(own),
         crop=crop or config.eval.crop,
         per_tier=per_tier or config.eval.per_tier,
         margin=config.data.margin,

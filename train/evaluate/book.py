@@ -43,7 +43,12 @@ class Book:
         folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
             # The seal first: what a kill leaves must not look finished.
-            for path in (folder / RESULTS, folder / SETTINGS, *folder.glob("pictures-rank-*.jsonl")):
+            for path in (
+                folder / RESULTS,
+                folder / SETTINGS,
+                folder / "yardsticks.json",
+                *folder.glob("pictures-rank-*.jsonl"),
+            ):
                 path.unlink(missing_ok=True)
         begun = any(folder.glob("pictures-rank-*.jsonl"))  # asked before: other ranks write their settings first
         # As JSON has it: tuples are lists there.

@@ -52,8 +52,8 @@ def said(comparison: Comparison) -> list[tuple[str, str]]:
         lines.append(
             (
                 f"{each.name}: {known['label']} {change(found, known)} against {comparison.loaded[0].name} on "
-                f"{count(row.pictures, 'picture')} of {count(row.scenes, 'scene')}, better on {100 * found.wins:.0f} % "
-                f"of them ({verdict}).",
+                f"{count(row.pictures, 'picture')} of {count(row.scenes, 'scene')}, better on "
+                f"{100 * found.wins:.0f}\u00a0% of them ({verdict}).",
                 mood,
             )
         )
@@ -91,12 +91,13 @@ def means_table(comparison: Comparison, best: str = "{}") -> tuple[list[str], li
 
 
 def difference_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """(heads, rows): paired differences to the first evaluation on the headline's row, with intervals."""
-    row, first = comparison.rows[-1], comparison.loaded[0].name
-    heads = [f"minus {first}", *(f"{m['label']} {_arrow(m)}" for m in comparison.metrics.values())]
-    rows = []
-    for number, each in enumerate(comparison.loaded[1:], 1):
-        rows.append([each.name, *(change(row.metrics[name][number], m) for name, m in comparison.metrics.items())])
+    """(heads, rows): paired differences to the first evaluation on the headline's row, a row a metric."""
+    row, names = comparison.rows[-1], [each.name for each in comparison.loaded]
+    heads = ["metric", *(f"{name} minus {names[0]}" for name in names[1:])]
+    rows = [
+        [f"{metric['label']} {_arrow(metric)}", *(change(found, metric) for found in row.metrics[name][1:])]
+        for name, metric in comparison.metrics.items()
+    ]
     return heads, rows
 
 

@@ -33,8 +33,9 @@ def ssim(restored: Tensor, sharp: Tensor) -> Tensor:
     """
     if min(sharp.shape[-2:]) <= 2 * RADIUS:
         raise ValueError(f"ssim of {tuple(sharp.shape[-2:])} px: its window is {2 * RADIUS + 1} px: larger pictures")
-    maps = _ssim_map(restored, sharp, _smooth)
-    return maps.mean(dim=(1, 2, 3)).cpu()
+    planes = (image.flatten(0, 1)[:, None].split(1 if image.is_cpu else len(image) * 3) for image in (restored, sharp))
+    means = [_ssim_map(x, y, _smooth).mean(dim=(1, 2, 3)) for x, y in zip(*planes, strict=True)]  # a plane fits a cache
+    return torch.cat(means).view(-1, 3).mean(dim=1).cpu()
 
 
 def ssim_3d(restored: Tensor, sharp: Tensor) -> Tensor:

@@ -14,10 +14,13 @@ from torch import Tensor
 from data.errors import DataError
 from train.evaluate.metrics import measured
 from train.evaluate.pairs import Pair
+from train.evaluate.scores import INPUT
+from train.evaluate.yardsticks import Yardsticks
 from train.objective.task import DeblurTask
 from train.restore.memory import forward_bytes, free_bytes
 from train.restore.tiles import Way, restore_image
 
+RESTORED = "restored"
 SIMILARITIES = ("similarity", "blurry_similarity", "student_similarity")  # to the teacher: of prior, blurry, student
 
 
@@ -38,11 +41,12 @@ class Measuring:
         tile: int | None = None,
         auto: bool = False,
         precision: torch.dtype | None = None,
+        yardsticks: Yardsticks | None = None,
         task: DeblurTask | None = None,
     ) -> None:
         self.network, self.device = network, device
         self._names, self._tile, self._auto, self._task = tuple(names), tile, auto, task
-        self._way = Way(precision)
+        self._way, self._yardsticks = Way(precision), yardsticks or Yardsticks()
         self._needed: dict[tuple[int, int], int] = {}
 
     @torch.no_grad()
@@ -88,8 +92,9 @@ class Measuring:
                 likeness = dict(zip(SIMILARITIES, values, strict=False))
         return _to_uint8(out.restored[-1][0]), likeness
 
-    def picture(self, pair: Pair, *, crop: bool) -> tuple[dict[str, Any], Tensor]:
-        """(what a picture's record says, the restored picture uint8 [3, H, W]). crop: as `crop`, else as `restore`.
+    def picture(self, pair: Pair, tier: str, *, crop: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(what a picture's record says, the pictures that it is of: input, restored and by each yardstick, uint8
+        [3, H, W]). tier: "" where it is not known. crop: as `crop`, else as `restore`.
 
         seconds: of the restoration alone. DataError as `restore`.
         """
@@ -102,6 +107,7 @@ class Measuring:
             likeness = {}
         self._wait()
         seconds = time.perf_counter() - started
+        made = self._yardsticks.apply(pair.blurry, tier, pair.kernel)
         record = {
             "extent": pair.extent if math.isfinite(pair.extent) else None,
             "width": pair.sharp.shape[-1],
@@ -110,9 +116,10 @@ class Measuring:
             "seconds": round(seconds, 4),
             "input": self.measure(pair.blurry, pair.sharp),
             "restored": self.measure(restored, pair.sharp),
-            "yardsticks": {},
+            "yardsticks": {name: self.measure(image, pair.sharp) for name, image in made.items()},
         }
-        return record | ({"teacher": likeness} if likeness else {}), restored
+        pictures = {INPUT: pair.blurry, RESTORED: restored, **made}
+        return record | ({"teacher": likeness} if likeness else {}), pictures
 
     def measure(self, image: Tensor, sharp: Tensor) -> dict[str, float]:
         """Every metric of a picture, both uint8 [3, H, W]."""

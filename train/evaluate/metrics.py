@@ -99,7 +99,7 @@ METRICS = {
     ),
 }
 
-AT_ONCE = 2**22  # pixels of pictures measured together: what their fp64 maps need stays below a GiB
+AT_ONCE = 2**22  # pixels of pictures measured together on a GPU: what their fp64 maps need stays below a GiB
 
 
 def metric_names(scope: Literal["every", "full"] = "every") -> tuple[str, ...]:
@@ -121,7 +121,7 @@ def measured(restored: Tensor, sharp: Tensor, names: Sequence[str]) -> list[dict
     if restored.shape != sharp.shape:
         raise ValueError(f"metrics of shapes {tuple(restored.shape)} and {tuple(sharp.shape)}: give pictures of one")
     rows = [choose("metric", name, METRICS) for name in names]
-    size = max(1, AT_ONCE // (sharp.shape[-2] * sharp.shape[-1]))
+    size = 1 if sharp.is_cpu else max(1, AT_ONCE // (sharp.shape[-2] * sharp.shape[-1]))
     result = []
     with torch.autocast(sharp.device.type, enabled=False):
         for first, second in zip(restored.split(size), sharp.split(size), strict=True):

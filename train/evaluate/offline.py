@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +25,20 @@ from train.config.identity import git_commit, versions
 from train.config.schema import Config
 from train.engine.precision import keep_depthwise_in_fp32, with_precision
 from train.evaluate.book import Book
-from train.evaluate.measure import Measuring
+from train.evaluate.chosen import yardsticks_of
+from train.evaluate.measure import RESTORED, Measuring
 from train.evaluate.metrics import as_picture, metric_names
 from train.evaluate.pairs import Item, Pair, PairSet
+from train.evaluate.realblur import Aligned, AlignPool
 from train.evaluate.results import build, metric_facts, seal, write_tables
+from train.evaluate.scores import INPUT
 from train.evaluate.showing import chosen_to_show, shown_pictures, write_markdown, write_page, write_panel
+from train.evaluate.summary import ALIGNED
 from train.objective.task import DeblurTask
 from train.restore.names import find_model
 from train.restore.tiles import default_tile
 
+ALIGNED_A_PICTURE = 4  # input, restored, two yardsticks
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -70,7 +78,7 @@ class Tested:
 
 
 class Evaluating:
-    """One process's part of an evaluation: opened, then `run`, then `finished` tells whether all pictures are done.
+    """One process's part of an evaluation: opened, then `run`; `finish` writes the results where all parts are done.
 
     folder: where measurements are kept. ValueError where it holds those of something else.
     """
@@ -102,8 +110,18 @@ class Evaluating:
             task.load_state_dict(state)
         auto, tile = how.tile == "auto" and not pairs.whole, default_tile(model.config)
         side = tile if auto else how.tile if isinstance(how.tile, int) else None
+        # Only crops have kernels that are known; asked after the book, which refuses folders of something else.
+        yardsticks, said = yardsticks_of(model.config, model.source, folder, device, deconvolution=pairs.whole)
+        self.settings |= {"yardsticks": said}
         self.measuring = Measuring(
-            model.network, device, names=names, tile=side, auto=auto, precision=PRECISIONS[precision], task=task
+            model.network,
+            device,
+            names=names,
+            tile=side,
+            auto=auto,
+            precision=PRECISIONS[precision],
+            yardsticks=yardsticks,
+            task=task,
         )
         self.device = device
 
@@ -115,19 +133,40 @@ class Evaluating:
         """Restore and measure what is left of the share, each picture's record on the disk before `on_picture(item, why
         it failed)` is told. Returns how many were done. A picture that does not read is recorded, and the rest go on.
         """
-        done = 0
-        for item in self.todo():
-            try:
-                record, restored = self.measuring.picture(self.pairs.read(item), crop=self.pairs.whole)
-            except DataError as error:
-                record, restored = {"failed": str(error)}, None
-            if restored is not None and self._how.save:
-                self._keep(item, restored)
-            self.book.add(item, record)
-            on_picture(item, record.get("failed"))
-            done += 1
+        todo = self.todo()
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(AlignPool(self._how.workers)) if self.pairs.aligned and todo else None
+            # While pictures are aligned in other processes, the next ones are restored here: a kill loses these too.
+            ahead = 0 if pool is None else max(1, self._how.workers // ALIGNED_A_PICTURE)
+            waiting: deque[tuple[Item, dict[str, Any], dict[str, Future[Aligned]]]] = deque()
+
+            def write() -> None:
+                item, record, futures = waiting.popleft()
+                self.book.add(item, with_aligned(record, {name: each.result() for name, each in futures.items()}))
+                on_picture(item, record.get("failed"))
+
+            for item in todo:
+                waiting.append(self._picture(item, pool))
+                while len(waiting) > ahead:
+                    write()
+            while waiting:
+                write()
         self.book.close()
-        return done
+        return len(todo)
+
+    def _picture(self, item: Item, pool: AlignPool | None) -> tuple[Item, dict[str, Any], dict[str, Future[Aligned]]]:
+        """(item, record, alignments under way by name of the picture)."""
+        try:
+            pair = self.pairs.read(item)
+            record, pictures = self.measuring.picture(pair, item.tier, crop=self.pairs.whole)
+        except DataError as error:
+            return item, {"failed": str(error)}, {}
+        if self._how.save:
+            self._keep(item, pictures[RESTORED])
+        if pool is None:
+            return item, record, {}
+        sharp = as_picture(pair.sharp)
+        return item, record, {name: pool.submit(sharp, as_picture(image)) for name, image in pictures.items()}
 
     def restored(self, pair: Pair) -> Tensor:
         """A pair's restored picture, uint8 [3, H, W]."""
@@ -173,6 +212,20 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def with_aligned(record: dict[str, Any], found: Mapping[str, Aligned]) -> dict[str, Any]:
+    """A picture's record with its values after RealBlur's alignment first, and which pictures were not aligned."""
+    if not found:
+        return record
+
+    def both(name: str, values: Mapping[str, float]) -> dict[str, float]:
+        return {"psnr" + ALIGNED: found[name].psnr, "ssim" + ALIGNED: found[name].ssim, **values}
+
+    made = {name: both(name, values) for name, values in record["yardsticks"].items()}
+    lost = [name for name, each in found.items() if not each.found]
+    columns = {name: both(name, record[name]) for name in (INPUT, RESTORED)}
+    return record | columns | {"yardsticks": made} | ({"not aligned": lost} if lost else {})
 
 
 def finish(evaluation: Evaluating) -> dict[str, Any] | None:

@@ -22,6 +22,9 @@ from data.stream.crops import PAIRS_VERSION
 from data.stream.pairs import PAIRED
 from data.stream.validation import validation_count, validation_pairs
 from train.evaluate.scores import VALIDATION_SEED
+from train.evaluate.yardsticks import known_kernel
+
+UNSPLIT = "no split"  # of folders of pairs that have none
 
 
 class Item(NamedTuple):
@@ -36,7 +39,8 @@ class Item(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """blurry, sharp: uint8 [3, H, W]; extent of the blur in px, NaN where it is not known; its kernel, if one is."""
+    """blurry, sharp: uint8 [3, H, W]; extent of the blur in px, NaN where it is not known; the kernel [k, k] where the
+    blur is one kernel everywhere, and known."""
 
     blurry: torch.Tensor
     sharp: torch.Tensor
@@ -88,9 +92,11 @@ class RecordedPairs:
             pairs, split = with_own_keys(pairs_of_list(pairs_list, root)), pairs_list.name
         elif folders is not None:
             base = root / split if (root / split).is_dir() else root
-            pairs, split = with_own_keys(pairs_in_folders(base, *folders, root=root)), base.name
+            pairs = with_own_keys(pairs_in_folders(base, *folders, root=root))
+            split = split if base != root else UNSPLIT
         else:
             pairs = list_dataset(layout, root, split=split, variant=variant, partial=partial)
+            split = split if layout != "pairs" or (root / split).is_dir() else UNSPLIT
         if not pairs:
             raise DataError(f"{root}: no pairs here; check --blurry, --sharp and --list")
         self._files = pairs
@@ -100,10 +106,11 @@ class RecordedPairs:
         chosen = fair_draw([pair.key for pair in pairs], scenes, max_pairs)
         self.items = [Item(pairs[n].key, scenes[n], "", n, _sizes(pairs[n])) for n in chosen]
         self.aligned = layout.startswith("realblur-")
-        self.label = "-".join(filter(None, (layout, split, variant)))
+        name = f"pairs-{root.resolve().name}" if layout == "pairs" else layout
+        self.label = "-".join(filter(None, (name, split if split != UNSPLIT else "", variant)))
         self.digest = _digest([layout, split, variant, *(pairs[n].key for n in chosen)])
         self.facts = {
-            "set": known.help if layout != "pairs" else f"pairs in {root.name}",
+            "set": known.help if layout != "pairs" else f"pairs in {root.resolve().name}",
             "layout": layout,
             "split": split,
             "blur variant": variant or "as recorded",
@@ -145,7 +152,6 @@ class ValidationPairs:
         blur: BlurConfig,
         *,
         label: str,
-        source: str,
         crop: int,
         per_tier: int,
         margin: int,
@@ -168,9 +174,9 @@ class ValidationPairs:
         settings = blur.model_dump(mode="json", exclude={"device"})
         self.digest = _digest([shards.digest, json.dumps([settings, self._how, PAIRS_VERSION], sort_keys=True), *keys])
         self.label = label
-        recorded = shards.kind == "pairs"
+        recorded, name = shards.kind == "pairs", shards.info.get("name") or Path(shards.location.rstrip("/")).name
         self.facts = {
-            "set": f"validation crops of {source}",
+            "set": f"validation crops of {name}",
             "layout": "shards",
             "split": "validation list",
             "blur variant": "as recorded" if recorded else f"synthesized: {_preset(blur)}",
@@ -187,14 +193,14 @@ class ValidationPairs:
         """The pair at a place of the validation list. DataError where its photograph does not read."""
         place = {"rank": item.number, "world": self._count}
         pair = next(validation_pairs(self._shards, self._blur, **self._how, **place))
-        return Pair(pair["blurry"], pair["sharp"], float(pair["extent"]), pair["kernel"])
+        return Pair(pair["blurry"], pair["sharp"], float(pair["extent"]), known_kernel(pair))
 
 
 def fair_draw(keys: Sequence[str], scenes: Sequence[str], count: int | None) -> list[int]:
     """Places of `count` of the pictures (None: of all), in their order, spread over the scenes in proportion.
 
-    Systematic sampling by hashes of names: a scene with the share p of all pictures gets p·count of them, rounded down
-    or up; which ones depends on no order and on no generator, and a larger count only adds to a smaller one.
+    Systematic sampling by hashes of names: a scene with the share p of all pictures gets p·count of them, give or
+    take one; which ones depends on no order and on no generator, and a larger count only adds to a smaller one.
     """
     if count is None or count >= len(keys):
         return list(range(len(keys)))

@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from train.evaluate.scores import INPUT, SEVERE, Evaluation, Score, TierSummary
-from train.evaluate.telling import NAMES
+from train.evaluate.telling import HARM, NAMES
 
-HARM = -0.1  # dB on the identity tier that are worth a word
 GAP, LINE, CELL = 8, 18, 190  # px between pictures, of a line of text, and of the narrowest column that holds a caption
 
 

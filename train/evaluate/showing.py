@@ -127,6 +127,11 @@ def write_page(path: Path, results: Mapping[str, Any], shown: Mapping[str, Shown
     page.text(telling.notes(results), "note")
     page.heading("What needs no model")
     page.table(*telling.yardstick_table(results))
+    told = telling.bound_table(results)
+    if told is not None:
+        page.heading("What knows the kernel")
+        page.table(*told)
+        page.text(telling.BOUND, "note")
     measured = telling.similarity_rows(results)
     if measured is not None:
         page.heading("The prior's similarity to the teacher")
@@ -185,13 +190,7 @@ def _sliders(page: Page, heading: str, shown: Sequence[Shown], results: Mapping[
         extent = f", blur of {each.record['extent']:.0f} px" if each.record["extent"] else ""
         caption = f"{each.record['key']}: {each.record['tier']}{extent}. Whole picture: {values}"
         page.slider(each.blurry, each.restored, ("blurry", "restored"), caption)
-        page.pictures([(each.sharp, "sharp"), (_difference(each.restored, each.sharp), "error of restored, ×4")])
-
-
-def _difference(image: np.ndarray, sharp: np.ndarray) -> np.ndarray:
-    """Absolute difference of grey values, ×4, uint8 [H, W]."""
-    grey = [cv2.cvtColor(each, cv2.COLOR_RGB2GRAY).astype(np.int16) for each in (image, sharp)]
-    return np.clip(4 * np.abs(grey[0] - grey[1]), 0, 255).astype(np.uint8)
+        page.slider(each.restored, each.sharp, ("restored", "sharp"), f"{each.record['key']}: restored beside sharp")
 
 
 def _number(value: float | None) -> float:

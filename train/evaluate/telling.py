@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.evaluate.scores import INPUT, TRIVIAL
+from train.evaluate.summary import groups
 
 Results = Mapping[str, Any]
 FEW = 8  # scenes
+HARM = -0.1  # dB on the identity tier that are worth a word
 NAMES = {
     INPUT: "the blurry input",
     "gaussian": "Gaussian smoothing",
     "unsharp": "unsharp masking",
-    "wiener": "Wiener, true kernel",
-    "richardson_lucy": "Richardson–Lucy, true kernel",
+    "wiener": "Wiener (told the kernel)",
+    "richardson_lucy": "Richardson–Lucy (told the kernel)",
 }
 
 
@@ -37,7 +39,7 @@ def headline(results: Results) -> tuple[str, str]:
         f"{count(row['scenes'], 'scene')}): {value}, {over} over the best trivial "
         f"({NAMES.get(row['trivial'], row['trivial'])}; {said}), {gain(row, 'gain')} over the blurry input."
     )
-    return text, mood
+    return text[0].upper() + text[1:], mood
 
 
 def warnings(results: Results) -> list[str]:
@@ -57,11 +59,10 @@ def warnings(results: Results) -> list[str]:
     if tiled:
         number = "All pictures" if tiled == len(pictures) else f"{tiled} of {len(pictures)} pictures"
         lines.append(f"{number} were restored in tiles; published numbers are of whole pictures.")
-    if results["tiers"][-1]["scenes"] < FEW:
-        lines.append(
-            f"Few scenes ({results['tiers'][-1]['scenes']}): intervals from a bootstrap over fewer than {FEW} are too "
-            "narrow; trust none that barely leaves 0."
-        )
+    lines += few_scenes(results["tiers"][-1]["scenes"])
+    still = next((row for row in results["tiers"] if row["tier"] == "identity"), None)
+    if still is not None and still["gain"] < HARM:
+        lines.append(f"Pictures that are not blurred LOSE by it: {gain(still, 'gain')} on the identity tier.")
     lost = [name for picture in pictures for name in picture.get("not aligned", [])]
     if lost:
         lines.append(
@@ -69,6 +70,16 @@ def warnings(results: Results) -> list[str]:
             "pictures); those were measured as they are, as the official script does."
         )
     return lines
+
+
+def few_scenes(scenes: int) -> list[str]:
+    """A line where intervals are of too few scenes to be believed to the letter."""
+    if scenes >= FEW or scenes == 1:
+        return []
+    return [
+        f"Few scenes ({scenes}): intervals from a bootstrap over fewer than {FEW} are too narrow; trust none that "
+        "barely leaves 0."
+    ]
 
 
 def facts(results: Results) -> dict[str, str]:
@@ -89,6 +100,7 @@ def facts(results: Results) -> dict[str, str]:
         "restored": f"{'whole pictures' if tile == 'whole' else f'tile: {tile}'}, {settings['precision']}"
         + (f", crops of {data['crop']} px" if data.get("crop") else ""),
         "alignment": settings["alignment"],
+        "yardsticks": f"chosen on {settings['yardsticks']}",
         "device": results["device"],
         "code": results["versions"]["sharpprior"],
         "weights": model["digest"],
@@ -115,7 +127,7 @@ def metric_table(results: Results) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in results["tiers"]:
         cells = [
-            f"{row['input'][name]:.{m['digits']}f} → {row['restored'][name]:.{m['digits']}f}"
+            f"{row['input'][name]:.{m['digits']}f}\u00a0→\u00a0{row['restored'][name]:.{m['digits']}f}"
             for name, m in results["metrics"].items()
         ]
         rows.append([group(row), *cells])
@@ -126,13 +138,30 @@ def yardstick_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """(heads, rows) of the headline's metric of what needs no model, beside the restored pictures; rows are tiers."""
     metric = results["headline"]["metric"]
     digits = results["metrics"][metric]["digits"]
-    columns = [INPUT, *dict.fromkeys(name for row in results["tiers"] for name in row["yardsticks"])]
+    columns = [name for name in TRIVIAL if name == INPUT or any(name in row["yardsticks"] for row in results["tiers"])]
     rows = []
     for row in results["tiers"]:
         values = {INPUT: row["input"], **row["yardsticks"]}
         cells = [f"{values[name][metric]:.{digits}f}" if name in values else "–" for name in columns]
         rows.append([group(row), *cells, f"{row['restored'][metric]:.{digits}f}"])
     return ["tier", *(NAMES.get(name, name) for name in columns), "restored"], rows
+
+
+def bound_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
+    """(heads, rows) of deconvolution that is told the kernel, beside input and restored, on those pictures whose kernel
+    is uniform and known; None where there are none."""
+    metric = results["headline"]["metric"]
+    digits = results["metrics"][metric]["digits"]
+    names = [name for name in NAMES if name not in TRIVIAL]
+    rows = []
+    for tier, belongs in groups([each["tier"] for each in results["pictures"]]):
+        some = [e for e in results["pictures"] if belongs(e["tier"]) and all(name in e["yardsticks"] for name in names)]
+        if some:
+            columns = [[each[INPUT] for each in some], *([each["yardsticks"][name] for each in some] for name in names)]
+            columns.append([each["restored"] for each in some])
+            cells = [f"{sum(each[metric] for each in column) / len(some):.{digits}f}" for column in columns]
+            rows.append([tier, str(len(some)), *cells])
+    return (["tier", "pictures", NAMES[INPUT], *(NAMES[name] for name in names), "restored"], rows) if rows else None
 
 
 def similarity_rows(results: Results) -> tuple[list[str], list[list[str]]] | None:
@@ -160,7 +189,7 @@ def lines(results: Results) -> list[str]:
     for row in results["tiers"]:
         before, after = (f"{row[of][metric]:6.{known['digits']}f}" for of in ("input", "restored"))
         told.append(
-            f"{group(row):{width}s} {row['pictures']:5d} pictures  {before} → {after} dB  "
+            f"{group(row):{width}s}  {count(row['pictures'], 'picture'):>13s}  {before} → {after} dB  "
             f"gain {gain(row, 'gain')}  over the best trivial ({row['trivial']}) {gain(row, 'over_trivial')}"
         )
     means = ", ".join(
@@ -177,6 +206,9 @@ def markdown(results: Results, *, title: str, panel: bool) -> str:
     parts += ["## Gain", markdown_table(*gain_table(results)), explanation(results)]
     parts += ["## All metrics, input → restored", markdown_table(*metric_table(results)), notes(results)]
     parts += ["## What needs no model", markdown_table(*yardstick_table(results))]
+    told = bound_table(results)
+    if told is not None:
+        parts += ["## What knows the kernel", markdown_table(*told), BOUND]
     rows = similarity_rows(results)
     if rows is not None:
         parts += ["## The prior's similarity to the teacher", markdown_table(*rows), SIMILARITY]
@@ -185,6 +217,10 @@ def markdown(results: Results, *, title: str, panel: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+BOUND = (
+    "A bound and no rival: on the pictures whose blur is one kernel everywhere, deconvolution that is told it, as no "
+    "restoration of a photograph is."
+)
 SIMILARITY = (
     "Mean cosine similarity of standardised features: the prior sees the blurry image, the teacher the sharp one. The "
     "last column is what the untouched teacher makes of the blurry image."

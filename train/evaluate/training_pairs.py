@@ -27,8 +27,9 @@ def training_pairs(
     the photographs r::world. DataError for a bad sample, which is left out and told where data.max_bad_fraction allows
     some."""
     share = -(-photographs // len(sets))
-    places = [(shards, n * len(shards) // share) for shards in sets for n in range(min(share, len(shards)))]
-    for shards, sample in dict.fromkeys(places[rank::world]):
+    counts = [(shards, min(share, len(shards))) for shards in sets]
+    places = [(shards, n * len(shards) // count) for shards, count in counts for n in range(count)]
+    for shards, sample in places[rank::world]:
         how = {"crop": largest_crop(config), "margin": config.data.margin, "seed": SEED, "samples": [sample]}
         try:
             yield from validation_pairs(shards, config.blur, **how)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from data.blur import TIERS
 from data.shards.set import ShardSet
@@ -72,9 +73,7 @@ class Validation:
         """The run's yardsticks: those in its folder, else chosen on training pairs, which gives the same ones."""
         engine, path = self._engine, self._folder.yardsticks
         digest = training_digest(self._config, self._train_sets)
-        with engine.agreed():
-            kept = Yardsticks.load(path) if engine.main and path.exists() else None
-        kept = engine.gather(kept)[0]
+        kept = engine.gather(_kept(path) if engine.main else None)[0]
         if kept is not None and kept.digest == digest:
             return kept
         started = time.perf_counter()
@@ -88,3 +87,11 @@ class Validation:
                 seconds = time.perf_counter() - started
                 log.info("yardsticks: chosen on %d training pairs in %.1f s", found.pairs, seconds)
         return found
+
+
+def _kept(path: Path) -> Yardsticks | None:
+    try:
+        return Yardsticks.load(path) if path.exists() else None
+    except (OSError, ValueError) as error:
+        log.warning("%s", error)
+        return None

@@ -39,6 +39,25 @@ def test_a_fresh_run_starts_as_the_identity(runs, unbroken):
     assert all(abs(row["gain"]) < 1e-9 for row in first["tiers"])
 
 
+def test_every_evaluation_carries_the_same_yardsticks(runs, unbroken):
+    """Chosen on training pairs once, so that only the model's own numbers move."""
+    first, last = (record["tiers"] for record in runs.records(unbroken) if "tiers" in record)
+    for before, after in zip(first, last, strict=True):
+        assert list(before["yardsticks"]) == ["gaussian", "unsharp"]
+        assert before["yardsticks"] == after["yardsticks"]
+        best = max(
+            ("psnr", before["input_psnr"]),
+            *((n, v["psnr"]) for n, v in before["yardsticks"].items()),
+            key=lambda x: x[1],
+        )
+        assert after["over_trivial"] == pytest.approx(after["restored_psnr"] - best[1], abs=1e-9)
+        assert before["over_trivial"] <= before["gain"]
+        assert after["over_low"] <= after["over_trivial"] <= after["over_high"]
+    kept = json.loads((runs.folder(unbroken) / "yardsticks.json").read_text())
+    assert kept["pairs"] == 5 * 5  # of the five training photographs
+    assert "gain over the best trivial" in (runs.folder(unbroken) / "report.md").read_text()
+
+
 def test_the_evaluation_before_the_first_step_can_be_left_out(runs):
     runs.run("no_start", train__steps=1, eval__at_start="false")
     records = runs.records("no_start")
