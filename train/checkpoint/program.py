@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +29,28 @@ MOST_PIXELS = 1 << 16  # of a side
 INPUT, OUTPUT = "blurry", "restored"
 
 
-class Program(nn.Module):
+class Core(nn.Module):
+    """padded [1, 3, H, W] float32 in [0, 1], sRGB, sides multiples of `multiple` → restored, clamped, same shape."""
+
+    def __init__(self, network: Deblurrer) -> None:
+        super().__init__()
+        self.network, self.multiple = _with_fixed_padding(network), network.multiple
+
+    def forward(self, padded: Tensor) -> Tensor:
+        return self.network(padded).restored[-1].clamp(0, 1)
+
+
+class Program(Core):
     """blurry [1, 3, H, W] float32 in [0, 1], sRGB, sides of more than `multiple` px → restored, clamped, same shape.
 
     The same as the deblurrer, padding included (`model.padding`), which is written so that every size is one program:
     how many multiples a side has is a number the exporter knows nothing of, else it would reason about it for minutes.
     """
 
-    def __init__(self, network: Deblurrer) -> None:
-        super().__init__()
-        self.network, self.multiple = _with_fixed_padding(network), network.multiple
-
     def forward(self, blurry: Tensor) -> Tensor:
         height, width = blurry.shape[-2:]
         padded = blurry.index_select(2, self._mirrored(height)).index_select(3, self._mirrored(width))
-        return self.network(padded).restored[-1][..., :height, :width].clamp(0, 1)
+        return super().forward(padded)[..., :height, :width]
 
     def _mirrored(self, size: int) -> Tensor:
         """Indices of a side, mirrored at its end up to the next multiple, the edge not repeated."""
@@ -88,7 +96,6 @@ def export_program(run: Path, out: Path, kind: str, *, which: str = "latest", ov
     if out.exists() and not overwrite:
         raise ValueError(f"{out}: exists: choose another place, or --overwrite")
     network, config, source = load_model(run, torch.device("cpu"), which)
-    exported = traced(network)
     facts = {
         "multiple": str(network.multiple),
         "crop": str(largest_crop(config)),
@@ -97,51 +104,86 @@ def export_program(run: Path, out: Path, kind: str, *, which: str = "latest", ov
     out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "torch":
         file = io.BytesIO()
-        torch.export.save(exported, file, extra_files={f"sharpprior_{key}.txt": text for key, text in facts.items()})
+        extra = {f"sharpprior_{key}.txt": text for key, text in facts.items()}
+        torch.export.save(traced(Program(network)), file, extra_files=extra)
         write_atomically(out, file.getvalue())
     else:
-        write_atomically(out, _onnx(exported, facts))
+        write_atomically(out, onnx_program(network, facts))
     return source
 
 
-def traced(network: Deblurrer) -> torch.export.ExportedProgram:
-    """The network's program, of one picture of any size from `multiple` px a side on."""
-    program = Program(network)
-    side = 4 * program.multiple
-    image = torch.rand(1, 3, side, side + 2 * program.multiple + 5)
-    sizes = {
-        axis: torch.export.Dim(name, min=program.multiple + 1, max=MOST_PIXELS)
-        for axis, name in ((2, "height"), (3, "width"))
-    }
+def traced(program: Core) -> torch.export.ExportedProgram:
+    """The exported program, of one picture of any size that it takes. ValueError where the network cannot be."""
+    multiple, core = program.multiple, type(program) is Core
+    image = torch.rand(1, 3, 4 * multiple, 6 * multiple + (0 if core else 5))
+    if core:
+        most = MOST_PIXELS // multiple
+        height, width = (multiple * torch.export.Dim(name, min=2, max=most) for name in ("rows", "columns"))
+    else:
+        height, width = (torch.export.Dim(name, min=multiple + 1, max=MOST_PIXELS) for name in ("height", "width"))
+    name = "padded" if core else INPUT
     try:
         with torch.no_grad(), composed(), _quiet():
-            return torch.export.export(program, (image,), dynamic_shapes={INPUT: sizes}, strict=False)
+            return torch.export.export(program, (image,), dynamic_shapes={name: {2: height, 3: width}}, strict=False)
     except Exception as error:  # of many types, pages long
         raise ValueError(
             f"the network cannot be exported for any size ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
         ) from error
 
 
-def _onnx(exported: torch.export.ExportedProgram, facts: dict[str, str]) -> bytes:
+def onnx_program(network: Deblurrer, facts: dict[str, str]) -> bytes:
+    """The bytes of an ONNX model that takes what `Program` takes; `facts` become its metadata. ValueError without the
+    packages."""
     try:
-        import onnx  # noqa: F401 - torch's exporter needs both
-        import onnxscript  # noqa: F401
+        import onnx
+        import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError:
-        raise ValueError("ONNX needs two packages more: pip install 'sharpprior[onnx]'") from None
+        raise ValueError("ONNX needs three packages more: pip install 'sharpprior[onnx]'") from None
+    exported = traced(Core(network))
     with _quiet():
+        # Its optimizer takes minutes over sizes that are not known; ONNX Runtime does the same when it loads.
         program = torch.onnx.export(
-            exported,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            optimize=False,
-            verbose=False,
-        )
+            exported, dynamo=True, opset_version=OPSET, input_names=["padded"], output_names=["whole"],
+            optimize=False, verbose=False,
+        )  # fmt: skip
     model = program.model_proto
+    _pad_and_crop(model.graph, network.multiple)
     for key, text in facts.items():
         model.metadata_props.add(key=f"sharpprior_{key}", value=text)
+    onnx.checker.check_model(model)
     return model.SerializeToString()
+
+
+def _pad_and_crop(graph: Any, multiple: int) -> None:
+    """Put the padding to multiples before a graph padded → whole, and the crop behind it: written by hand, because the
+    exporter would have to reason about rounded sizes."""
+    from onnx import TensorProto, helper
+
+    values = {
+        "sp_multiple": [multiple],
+        "sp_less": [multiple - 1],
+        "sp_none": [0] * 6,
+        "sp_zeros": [0, 0],
+        "sp_axes": [2, 3],
+    }
+    for name, numbers in values.items():
+        graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [len(numbers)], numbers))
+    before = [
+        helper.make_node("Shape", [INPUT], ["sp_size"], start=2, end=4),
+        helper.make_node("Add", ["sp_size", "sp_less"], ["sp_more"]),
+        helper.make_node("Div", ["sp_more", "sp_multiple"], ["sp_count"]),
+        helper.make_node("Mul", ["sp_count", "sp_multiple"], ["sp_whole"]),
+        helper.make_node("Sub", ["sp_whole", "sp_size"], ["sp_end"]),
+        helper.make_node("Concat", ["sp_none", "sp_end"], ["sp_pads"], axis=0),
+        helper.make_node("Pad", [INPUT, "sp_pads"], ["padded"], mode="reflect"),
+    ]
+    after = helper.make_node("Slice", ["whole", "sp_zeros", "sp_size", "sp_axes"], [OUTPUT])
+    nodes = [*before, *graph.node, after]
+    del graph.node[:], graph.input[:], graph.output[:]
+    graph.node.extend(nodes)
+    shape = [1, 3, "height", "width"]
+    graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, shape))
+    graph.output.append(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, shape))
 
 
 @contextmanager

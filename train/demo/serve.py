@@ -6,6 +6,8 @@ import importlib.util
 import ipaddress
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +62,7 @@ def serve(
         raise ValueError("the demo needs gradio: pip install -e '.[demo]'")
     chosen = Models(models, device, checkpoint, precision)
     folder = Path(tempfile.mkdtemp(prefix="sharpprior-demo-"))
+    ended = signal.signal(signal.SIGTERM, _leave)  # a service that is stopped leaves no visitor's files either
     try:
         os.environ |= {
             "GRADIO_ANALYTICS_ENABLED": "False",
@@ -68,7 +71,12 @@ def serve(
         }
         _launch(chosen, limits, folder, host, port)
     finally:
+        signal.signal(signal.SIGTERM, ended)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _leave(number: int, _: Any) -> None:
+    sys.exit(128 + number)
 
 
 def _launch(models: Models, limits: Limits, folder: Path, host: str, port: int) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from train.evaluate.scores import INPUT, SEVERE, Evaluation, Score, TierSummary
+from train.evaluate.scores import INPUT, SEVERE, TRIVIAL, Evaluation, Score, TierSummary
 from train.evaluate.telling import HARM, NAMES
 
-GAP, LINE, CELL = 8, 18, 190  # px between pictures, of a line of text, and of the narrowest column that holds a caption
+GAP, LINE, CELL = 8, 18, 210  # px between pictures, of a line of text, and of the narrowest column that holds a caption
 
 
 def draw_panel(pictures: Sequence[tuple[Score, np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -32,7 +32,7 @@ def draw_panel(pictures: Sequence[tuple[Score, np.ndarray, np.ndarray, np.ndarra
         extent = f", {score.extent:.0f} px" if math.isfinite(score.extent) else ""  # of recorded pairs it is not known
         texts = (
             (f"blurry: {score.tier}{extent}", f"{score.input['psnr']:.2f} dB"),
-            ("restored", f"{score.restored['psnr']:.2f} dB ({score.gain:+.2f} over the blurry)"),
+            ("restored", f"{score.restored['psnr']:.2f} dB (best trivial {trivial_psnr(score):.2f} dB)"),
             ("sharp", score.key),
         )
         for place, (lines, image) in enumerate(zip(texts, images, strict=True)):
@@ -41,6 +41,12 @@ def draw_panel(pictures: Sequence[tuple[Score, np.ndarray, np.ndarray, np.ndarra
                 draw.text((left, top + n * LINE), fitted(line, font, column - GAP), fill=ink, font=font)
             canvas.paste(Image.fromarray(image), (left, top + 2 * LINE))
     return np.asarray(canvas)
+
+
+def trivial_psnr(score: Score) -> float:
+    """PSNR of what is best for this pair of all that needs no model: its input, or a trivial yardstick, dB."""
+    made = {INPUT: score.input, **score.yardsticks}
+    return max(made[name]["psnr"] for name in TRIVIAL if name in made)
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:

@@ -132,8 +132,6 @@ def _read(job: Job, how: How) -> Picture | None:
         check_target(job.target, overwrite=how.overwrite)
     if job.source == PIPE:
         return decode(sys.stdin.buffer.read(), "standard input", how.most)
-    if job.source.is_dir():
-        raise PictureError(f"{job.source}: is a folder, though it is called as a picture is")
     return read_picture(job.source, how.most)
 
 

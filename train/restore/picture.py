@@ -50,6 +50,8 @@ def read_picture(path: Path, most: int = MOST_PIXELS) -> Picture:
     """Read a photograph. PictureError if it is missing, has more than `most` pixels, or cannot be read
     (`data.picture`)."""
     try:
+        if path.exists() and not path.is_file():  # a named pipe would be waited for
+            raise PictureError(f"{path}: is no file, but a folder, a pipe or a device")
         return decode(path.read_bytes(), str(path), most)
     except FileNotFoundError:
         raise PictureError(f"{path}: no such file") from None

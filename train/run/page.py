@@ -11,12 +11,13 @@ import numpy as np
 
 from train.config.file import dump_config
 from train.config.schema import Config
+from train.evaluate.report import trivial_psnr
 from train.evaluate.scores import SEVERE, Score
+from train.evaluate.telling import HARM, NAMES
 from train.page.chart import Interval, Series
 from train.page.page import Page
 
 POINTS = 400  # of a line: more than a screen shows
-NO_HARM = -0.1  # dB that a picture without blur may lose
 ABSENT = "–"
 Record = Mapping[str, Any]
 Pictures = Sequence[tuple[Score, np.ndarray, np.ndarray, np.ndarray]]
@@ -83,18 +84,14 @@ def verdicts(rows: Sequence[Record]) -> list[tuple[str, str]]:
                 if high < 0
                 else ("not to be told from", "warning")
             )
-        told.append((f"{row['tier']}: {said} {_trivial(row)}, {over:+.3f} dB{interval}.", mood))
+        rival = NAMES.get(row["trivial"], row["trivial"])
+        told.append((f"{row['tier']}: {said} the best trivial ({rival}), {over:+.3f} dB{interval}.", mood))
     for row in rows:
-        if row["tier"] == "identity" and row["gain"] is not None and row["gain"] < NO_HARM:
+        if row["tier"] == "identity" and row["gain"] is not None and row["gain"] < HARM:
             told.append(
                 (f"Pictures without blur lose {-row['gain']:.2f} dB: it does harm where nothing is to be done.", "bad")
             )
     return told
-
-
-def _trivial(row: Record) -> str:
-    return {"input": "leaving the blurry picture as it is", "gaussian": "the best Gaussian smoothing",
-            "unsharp": "the best unsharp mask"}.get(row["trivial"], row["trivial"])  # fmt: skip
 
 
 def _gains(page: Page, evaluations: Sequence[Record]) -> None:
@@ -112,7 +109,7 @@ def _gains(page: Page, evaluations: Sequence[Record]) -> None:
         )  # fmt: skip
         page.chart([_over_steps(evaluations, row["tier"]) for row in blurred], x="step", y=what, title="Over the steps")
     yardsticks = list(dict.fromkeys(name for row in rows for name in row.get("yardsticks", {})))
-    heads = ["tier", "pairs", "blurry", *yardsticks, "restored", "over blurry"]
+    heads = ["tier", "pairs", "blurry", *(NAMES.get(name, name) for name in yardsticks), "restored", "over blurry"]
     heads += ["best trivial", "over it (95 %)", "SSIM"]
     page.table(heads, [_tier_cells(row, yardsticks) for row in rows], "PSNR in dB, and SSIM")
     page.text(
@@ -134,7 +131,11 @@ def _tier_cells(row: Record, yardsticks: Sequence[str]) -> list[str]:
     cells = [row["tier"], row["pairs"], *(_told(v, ".2f") for v in (row["input_psnr"], *others, row["restored_psnr"]))]
     low, high = row.get("over_low"), row.get("over_high")
     interval = f" ({low:+.3f} … {high:+.3f})" if low is not None and high is not None else ""
-    cells += [_told(row["gain"], "+.3f"), row.get("trivial", ABSENT), _told(row.get("over_trivial"), "+.3f") + interval]
+    cells += [
+        _told(row["gain"], "+.3f"),
+        NAMES.get(row.get("trivial"), ABSENT),
+        _told(row.get("over_trivial"), "+.3f") + interval,
+    ]
     return [*map(str, cells), " → ".join(_told(row.get(f"{name}_ssim"), ".4f") for name in ("input", "restored"))]
 
 
@@ -189,7 +190,8 @@ def _pictures(page: Page, pictures: Pictures, panel: np.ndarray | None) -> None:
     for score, blurry, restored, sharp in pictures:
         extent = f", {score.extent:.0f} px of motion" if math.isfinite(score.extent) else ""
         before, after = f"blurry {score.input['psnr']:.2f} dB", f"restored {score.restored['psnr']:.2f} dB"
-        page.slider(blurry, restored, (before, after), f"{score.tier}{extent}, {score.key}")
+        trivial = f"best trivial {trivial_psnr(score):.2f} dB"
+        page.slider(blurry, restored, (before, after), f"{score.tier}{extent}, {score.key}, {trivial}")
         page.slider(restored, sharp, (after, "sharp"), "and what was to be found")
 
 

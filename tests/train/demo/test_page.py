@@ -51,7 +51,7 @@ def address(model_file, place):
     assert process.poll() is None, process.stdout.read()
     yield url
     assert list(place.glob("sharpprior-demo-*"))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert "Traceback" not in out, out
     assert not list(place.glob("sharpprior-demo-*")), "a visitor's files outlive the server"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from train.evaluate.report import CELL, GAP, LINE, draw_panel, fitted
+from train.evaluate.report import CELL, GAP, LINE, draw_panel, fitted, trivial_psnr
 from train.evaluate.scores import Score
 
 LONG = "a_scene_with_a_long_name/another_folder/photograph_000123.png#12"
@@ -47,6 +47,13 @@ def test_a_text_gives_up_its_middle(room):
     assert (shown == LONG) == (room == 1000)
     longer = f"{LONG[: len(head) + 1]}…{tail}"
     assert shown == LONG or font.getlength(longer) > room or len(head) > len(tail)
+
+
+def test_a_pair_stands_beside_the_best_that_needs_no_model():
+    others = {"gaussian": {"psnr": 21.9}, "unsharp": {"psnr": 21.6}, "wiener": {"psnr": 30.0}}
+    assert trivial_psnr(Score("a", "severe", 1.0, {"psnr": 21.5}, {"psnr": 22.0}, others)) == 21.9
+    assert trivial_psnr(Score("a", "severe", 1.0, {"psnr": 22.5}, {"psnr": 22.0}, others)) == 22.5
+    assert trivial_psnr(Score("a", "severe", 1.0, {"psnr": 21.5}, {"psnr": 22.0})) == 21.5
 
 
 def test_no_pictures_are_told():

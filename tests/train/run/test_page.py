@@ -37,11 +37,19 @@ def evaluation() -> Evaluation:
 @pytest.mark.parametrize(
     ("row", "said", "mood"),
     [
-        (tier("severe", 0.2, 0.1, 0.3), "better than the best Gaussian smoothing, +0.200 dB (+0.100 … +0.300)", "good"),
-        (tier("severe", 0.1, -0.1, 0.3), "not to be told from the best Gaussian smoothing", "warning"),
-        (tier("severe", -0.2, -0.3, -0.1, gain=0.4), "WORSE than the best Gaussian smoothing, -0.200 dB", "bad"),
+        (
+            tier("severe", 0.2, 0.1, 0.3),
+            "better than the best trivial (Gaussian smoothing), +0.200 dB (+0.100 … +0.300)",
+            "good",
+        ),
+        (tier("severe", 0.1, -0.1, 0.3), "not to be told from the best trivial (Gaussian smoothing)", "warning"),
+        (
+            tier("severe", -0.2, -0.3, -0.1, gain=0.4),
+            "WORSE than the best trivial (Gaussian smoothing), -0.200 dB",
+            "bad",
+        ),
         (tier("severe", 0.2, None, None), "one sample says too little about", "warning"),
-        (tier("severe", 0.2, 0.1, 0.3, trivial="input"), "better than leaving the blurry picture as it is", "good"),
+        (tier("severe", 0.2, 0.1, 0.3, trivial="input"), "better than the best trivial (the blurry input)", "good"),
     ],
 )
 def test_the_words_are_about_the_best_trivial_whatever_the_gain_over_the_blurry(row, said, mood):

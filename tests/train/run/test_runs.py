@@ -31,7 +31,7 @@ def test_a_run_leaves_everything_that_it_promises(runs, unbroken):
     for tier in ("identity", "mild", "moderate", "severe", "extreme"):
         assert f"| {tier} | 4 |" in report
     assert "prior at the start" in report
-    assert Image.open(folder / "panel.png").size == (3 * 198 + 8, 2 * (64 + 2 * 18 + 2 * 8) + 8)
+    assert Image.open(folder / "panel.png").size == (3 * 218 + 8, 2 * (64 + 2 * 18 + 2 * 8) + 8)
 
 
 def test_a_fresh_run_starts_as_the_identity(runs, unbroken):
