@@ -18,6 +18,9 @@ from data.blur.severity import tier_bounds
 # Shares of path generators for what moves inside `layers`, and for its background.
 _LAYER_PATHS = {"gaussian_process": 0.5, "linear": 0.2, "arc": 0.15, "accelerated": 0.15}
 _STRAIGHT_PATHS = {"gaussian_process": 0.1, "linear": 0.35, "arc": 0.25, "accelerated": 0.3}
+# Generators whose blur differs over the picture: their pairs' kernel is that of one place.
+VARYING = ("rotation", "rolling_shutter", "layers", "parallax")
+
 _LONGEST_TREMOR = 1 / 30  # s: shorter exposures than this hold no tremor to speak of
 
 

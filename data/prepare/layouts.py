@@ -15,6 +15,7 @@ from pathlib import Path
 from data.errors import DataError
 from data.files import files_below
 from data.formats import is_image, is_junk
+from data.prepare.scenes import Scene, folder_above, hide_scene, own_scene
 from data.shards.names import BLURRY, ROLES, SHARP
 from data.shards.tar import MAX_KEY
 
@@ -40,7 +41,7 @@ class Layout:
     """A dataset as released. list_pairs(root, split, variant); help: what it is, for the command line.
 
     splits, variants: names, the first the default; counts: pairs of a split, of every variant that is not in `parts`;
-    none where it was never released as a whole.
+    none where it was never released as a whole. tested: the split that papers report. scene: see data.prepare.scenes.
     """
 
     list_pairs: Callable[[Path, str, str], list[PairFiles]]
@@ -50,6 +51,8 @@ class Layout:
     counts: dict[str, int] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
     licence: str = "the user's"
+    tested: str = "test"
+    scene: Scene = own_scene
 
 
 def key_of(path: Path | str) -> str:
@@ -314,6 +317,7 @@ LAYOUTS = {
         ("blur", "blur_gamma"),
         {"train": 2103, "test": 1111},
         licence="CC BY 4.0",
+        scene=folder_above(1),
     ),
     "hide": Layout(
         _hide,
@@ -323,6 +327,7 @@ LAYOUTS = {
         {"train": 6397, "test": 2025},
         parts=("close-ups", "long-shot"),
         licence="research only, see HIDE",
+        scene=hide_scene,
     ),
     **{
         f"realblur-{camera.lower()}": Layout(
@@ -332,6 +337,7 @@ LAYOUTS = {
             ("blur",),
             {"train": 3758, "test": 980},
             licence="see RealBlur",
+            scene=folder_above(1),
         )
         for camera in "JR"
     },
@@ -342,6 +348,8 @@ LAYOUTS = {
         ("blur", "blur_comp", "blur_jpeg"),
         {"train": 24000, "val": 3000, "val300": 300},
         licence="CC BY 4.0",
+        tested="val300",
+        scene=folder_above(0),
     ),
     "rsblur": Layout(
         _rsblur,
@@ -349,6 +357,7 @@ LAYOUTS = {
         variants=("real_blur", "avg65_img", "oracle_avg65_img"),
         counts={"train": 8878, "val": 1120, "test": 3360},
         licence="see RSBlur",
+        scene=folder_above(2),
     ),
     "pairs": Layout(_pairs, "folders of blurry and of sharp pictures"),
     "folder": Layout(_photographs, "sharp photographs, in folders of any depth"),

@@ -23,10 +23,13 @@ def validation_pairs(
     crops: int = 1,
     rank: int = 0,
     world: int = 1,
+    samples: Sequence[int] | None = None,
 ) -> Iterator[dict]:
     """The fixed validation list: every sample × crop × tier in index order; rank r takes r::world.
 
-    crop and margin: side of the crops and their distance from the photographs' edges, px; crops: a photograph and tier.
+    crop and margin: side of the crops and their distance from the photographs' edges, px; crops: a photograph and tier;
+    samples: those of the set that are used, by their places in it, None for all; a sample's pairs are the same in any
+    choice.
 
     Yields dicts: blurry, sharp uint8 [3, S, S] tensors, kernel float32 [k, k] or None, key, tier, extent (px),
     input_psnr (dB), generator, box, flip, number (place in the list). A set of recorded pairs has one tier, "paired".
@@ -37,8 +40,10 @@ def validation_pairs(
     sources = Sources([shards])
     tiers = (PAIRED,) if shards.kind == "pairs" else tuple(tiers)
     held: tuple[int, tuple] | None = None
-    for number in range(rank, validation_count(shards, tiers, crops), world):
-        sample, rest = divmod(number, crops * len(tiers))
+    chosen = range(len(shards)) if samples is None else samples
+    for number in range(rank, len(chosen) * crops * len(tiers), world):
+        place, rest = divmod(number, crops * len(tiers))
+        sample = chosen[place]
         which, tier = divmod(rest, len(tiers))
         if held is None or held[0] != sample:
             held = sample, sources.photograph(0, sample)

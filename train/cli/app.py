@@ -1,4 +1,4 @@
-"""The `sharpprior` command: its parts, and evaluate, plan, kernels, export."""
+"""The `sharpprior` command: its parts, and plan, kernels, export."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 
 from train.cli.cache import app as cache_app
-from train.cli.console import usable_device, wide_console
+from train.cli.console import wide_console
 from train.cli.data import Overwrite
 from train.cli.data import app as data_app
+from train.cli.demo import app as demo_app
+from train.cli.evaluate import app as evaluate_app
 from train.cli.networks import app as networks_app
 from train.cli.restore import app as restore_app
 from train.watch.failure import explained
@@ -25,11 +27,12 @@ app = typer.Typer(
 )
 app.add_typer(restore_app)
 app.add_typer(data_app)
+app.add_typer(evaluate_app)
 app.add_typer(networks_app)
+app.add_typer(demo_app)
 app.add_typer(cache_app, name="cache")
 Run = Annotated[Path, typer.Argument(help="Folder of a run, of one of its checkpoints, or of an exported model.")]
 Which = Annotated[str, typer.Option("--checkpoint", help="latest, best, or step-N, where RUN is a run.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")]
 
 
 def _plugged(config: Path, overrides: list[str] | None):
@@ -39,24 +42,6 @@ def _plugged(config: Path, overrides: list[str] | None):
 
     asked = [override.partition("=")[0] for override in overrides or []]
     return with_plugged(load_config(config, overrides or []), asked=asked)
-
-
-@app.command()
-def evaluate(
-    run: Run,
-    data: Annotated[str | None, typer.Option(help="Shard set; default: the validation set of the run.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for report.md and panel.png.")] = None,
-    checkpoint: Which = "latest",
-    per_tier: Annotated[int | None, typer.Option(help="Pairs per photograph and tier; default: the run's.")] = None,
-    crop: Annotated[int | None, typer.Option(help="Side of the crops, px; default: the run's.")] = None,
-    overwrite: Overwrite = False,
-    device: Device = None,
-) -> None:
-    """Gain over the blurry input per severity tier, with intervals."""
-    from train.evaluate.offline import evaluate_saved
-
-    asked = {"data": data, "out": out, "which": checkpoint, "per_tier": per_tier, "crop": crop, "overwrite": overwrite}
-    evaluate_saved(run, **asked, device=usable_device(device))
 
 
 @app.command()

@@ -70,6 +70,15 @@ def largest_crop(config: Config) -> int:
     return max(each.crop for each in phases(config))
 
 
+def evaluated_at_once(config: Config, world: int, device: str) -> int:
+    """Pairs in a forward pass of an evaluation: on a GPU up to eight, but no more pixels than four micro-batches of
+    training have, which keep gradients and all that these need; one on a CPU, which nothing is gained on."""
+    if device == "cpu":
+        return 1
+    trained = min(in_phase(config, each).micro_batch(world) * each.crop**2 for each in phases(config))
+    return max(1, min(8, 4 * trained // config.eval.crop**2))
+
+
 def check_crops_fit(config: Config, sets: Sequence[ShardSet]) -> None:
     """DataError where a sample is smaller than a crop of any phase: at the start, not at the step that needs it."""
     for shards in sets:

@@ -4,54 +4,130 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
+from torch import Tensor
 
-from data.image import psnr
-
-
-def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """8-bit RGB [H, W, 3] (or [B, H, W, 3]) of an sRGB tensor [(B,) 3, H, W] in [0, 1]: clamped, then rounded."""
-    values = image.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
-    return np.ascontiguousarray(values.movedim(-3, -1).cpu().numpy())
+from model.names import choose
+from train.evaluate import fidelity, perceptual
 
 
-def ssim(restored: np.ndarray, sharp: np.ndarray) -> float:
-    """`ssim` of uint8 RGB [H, W, 3]: scikit-image's, Gaussian window σ 1.5, per channel, mean (Wang et al. 2004).
+def to_uint8(image: Tensor) -> Tensor:
+    """8-bit RGB of an sRGB tensor [(B,) 3, H, W] in [0, 1], of the same shape and device: clamped, then rounded."""
+    return image.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
 
-    Not the 3-D variant that papers print for GoPro and HIDE; the two differ by about 0.02.
-    """
-    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    return float(structural_similarity(restored, sharp, **window, channel_axis=2, data_range=255))
+
+def as_picture(image: Tensor) -> np.ndarray:
+    """uint8 [3, H, W] on any device → contiguous [H, W, 3]."""
+    return np.ascontiguousarray(image.movedim(0, -1).cpu().numpy())
 
 
 class Metric(NamedTuple):
-    """A metric of (restored, sharp), both uint8 RGB [H, W, 3]. label, note: what reports call it and say of it; digits
-    behind the point; cap: larger values count as this one, as infinity has no mean."""
+    """A metric of (restored, sharp), both uint8 RGB [B, 3, H, W] on one device → float64 [B] on the CPU.
 
-    measure: Callable[[np.ndarray, np.ndarray], float]
+    label, note: what reports call it and say of it; digits behind the point; cap: larger values count as this one, as
+    infinity has no mean; better: higher or lower; scope: every (in training's evaluations too) or full (in
+    `sharpprior evaluate` alone); here: whether it can be computed on this machine.
+    """
+
+    measure: Callable[[Tensor, Tensor], Tensor]
     label: str
     note: str
     digits: int
     cap: float = inf
+    better: Literal["higher", "lower"] = "higher"
+    scope: Literal["every", "full"] = "every"
+    here: Callable[[], bool] = lambda: True
 
 
 # A function and a row make a new metric: scores, metrics.jsonl, TensorBoard and reports have it then. `psnr` stays
 # first: gains are of it.
 METRICS = {
     "psnr": Metric(
-        psnr, "PSNR", "RGB, whole crop, 8 bit, mean over pairs (equal pictures count as 60 dB)", digits=2, cap=60.0
+        fidelity.psnr,
+        "PSNR",
+        "RGB, whole picture, 8 bit, mean over pairs (equal pictures count as 60 dB)",
+        digits=2,
+        cap=fidelity.EQUAL,
     ),
-    "ssim": Metric(ssim, "SSIM", "scikit-image, Gaussian window σ 1.5, per channel", digits=4),
+    "ssim": Metric(fidelity.ssim, "SSIM", "as scikit-image, Gaussian window σ 1.5, per channel", digits=4),
+    "ssim_3d": Metric(
+        fidelity.ssim_3d,
+        "SSIM 3-D",
+        "as MATLAB's ssim of H×W×3, what papers print for GoPro and HIDE",
+        digits=4,
+        scope="full",
+    ),
+    "gms": Metric(
+        fidelity.gms, "GMS", "mean similarity of gradient magnitudes (Xue et al. 2014)", digits=4, scope="full"
+    ),
+    "gmsd": Metric(
+        fidelity.gmsd,
+        "GMSD",
+        "standard deviation of that similarity over the picture, lower is better",
+        digits=4,
+        better="lower",
+        scope="full",
+    ),
+    "features": Metric(
+        perceptual.features,
+        "features",
+        "distance of EfficientNet-Lite0's unit-length features, lower is better",
+        digits=4,
+        better="lower",
+        scope="full",
+    ),
+    "lpips": Metric(
+        perceptual.lpips,
+        "LPIPS",
+        "AlexNet, version 0.1 (Zhang et al. 2018), lower is better",
+        digits=4,
+        better="lower",
+        scope="full",
+        here=perceptual.lpips_here,
+    ),
+    "dists": Metric(
+        perceptual.dists,
+        "DISTS",
+        "VGG16 (Ding et al. 2020), lower is better",
+        digits=4,
+        better="lower",
+        scope="full",
+        here=perceptual.dists_here,
+    ),
 }
 
+AT_ONCE = 2**22  # pixels of pictures measured together on a GPU: what their fp64 maps need stays below a GiB
 
-def measured(restored: np.ndarray, sharp: np.ndarray) -> dict[str, float]:
-    """Every metric of the table, by name. ValueError where shapes or dtypes differ."""
-    return {name: min(float(metric.measure(restored, sharp)), metric.cap) for name, metric in METRICS.items()}
+
+def metric_names(scope: Literal["every", "full"] = "every") -> tuple[str, ...]:
+    """The metrics of a scope that can be computed here, in the table's order; full has those of every too."""
+    wanted = ("every",) if scope == "every" else ("every", "full")
+    return tuple(name for name, metric in METRICS.items() if metric.scope in wanted and metric.here())
+
+
+@torch.no_grad()
+def measured(restored: Tensor, sharp: Tensor, names: Sequence[str]) -> list[dict[str, float]]:
+    """Metrics of each picture of a batch, by name: uint8 RGB [B, 3, H, W] on one device.
+
+    A picture's values are the same in any batch (networks' but for rounding). ValueError where shapes or dtypes differ,
+    or a name is not of the table.
+    """
+    for image in (restored, sharp):
+        if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[1] != 3 or image.numel() == 0:
+            raise ValueError(f"metrics of {image.dtype} {tuple(image.shape)}: give uint8 RGB [B, 3, H, W]")
+    if restored.shape != sharp.shape:
+        raise ValueError(f"metrics of shapes {tuple(restored.shape)} and {tuple(sharp.shape)}: give pictures of one")
+    rows = [choose("metric", name, METRICS) for name in names]
+    size = 1 if sharp.is_cpu else max(1, AT_ONCE // (sharp.shape[-2] * sharp.shape[-1]))
+    result = []
+    with torch.autocast(sharp.device.type, enabled=False):
+        for first, second in zip(restored.split(size), sharp.split(size), strict=True):
+            columns = [METRICS[name].measure(first, second).clamp(max=METRICS[name].cap).tolist() for name in rows]
+            result += [dict(zip(rows, values, strict=True)) for values in zip(*columns, strict=True)]
+    return result
 
 
 def bootstrap_mean_interval(

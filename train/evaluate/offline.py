@@ -1,80 +1,262 @@
-"""Evaluate what training saved, without an engine."""
+"""Evaluate what training saved on pairs that somebody else chose: picture by picture, over ranks, after any stop."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import platform
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
+from torch import Tensor
 
-from data.blur import TIERS
-from data.stream.validation import validation_count, validation_pairs
+from data.errors import DataError
+from data.files import replacing
+from model.pretrained import WEIGHTS
+from model.summary import summarize
 from train.checkpoint.saved import describe, load_model, loss_state
-from train.config.identity import git_commit
-from train.config.sources import data_sources, open_set
-from train.engine.precision import keep_depthwise_in_fp32
-from train.evaluate.report import draw_panel, tier_lines, write_report
-from train.evaluate.scores import VALIDATION_SEED, evaluate_pairs, panel_numbers
+from train.config.identity import git_commit, versions
+from train.config.schema import Config
+from train.engine.precision import keep_depthwise_in_fp32, with_precision
+from train.evaluate.book import Book
+from train.evaluate.chosen import yardsticks_of
+from train.evaluate.measure import RESTORED, Measuring
+from train.evaluate.metrics import as_picture, metric_names
+from train.evaluate.pairs import Item, Pair, PairSet
+from train.evaluate.realblur import Aligned, AlignPool
+from train.evaluate.results import build, metric_facts, seal, write_tables
+from train.evaluate.scores import INPUT
+from train.evaluate.showing import chosen_to_show, shown_pictures, write_markdown, write_page, write_panel
+from train.evaluate.summary import ALIGNED
 from train.objective.task import DeblurTask
+from train.restore.names import find_model
+from train.restore.tiles import default_tile
+
+ALIGNED_A_PICTURE = 4  # input, restored, two yardsticks
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
-def evaluate_saved(
-    run: Path,
-    *,
-    data: str | None,
-    out: Path | None,
-    which: str,
-    per_tier: int | None,
-    crop: int | None,
-    overwrite: bool,
-    device: torch.device,
-) -> None:
-    """Score a saved model on a shard set's validation list and print the table; `out` gets report.md and panel.png.
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are restored and what is kept. tile: side in px, whole, or auto (whole where memory allows);
+    precision: fp32 or bf16, None as the model was trained. save: keep every restored picture as a PNG. rank, world: of
+    the processes that share the pictures."""
 
-    With the run's own data and settings this repeats the run's last evaluation. ValueError on a wrong path.
+    tile: int | Literal["auto", "whole"] = "auto"
+    precision: str | None = None
+    save: bool = False
+    workers: int = 1
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass
+class Tested:
+    """A model ready to be tested: network, configuration, where it came from, and what identifies it."""
+
+    network: torch.nn.Module
+    config: Config
+    source: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, name: str | Path, which: str, device: torch.device) -> Tested:
+        """Load a model by its name (`find_model`). ValueError where there is none."""
+        network, config, source = load_model(find_model(name), device, which)
+        return cls(network, config, source, _model_facts(network, config, source))
+
+    @property
+    def name(self) -> str:
+        """Short, for titles: the run's name and the step, or the file's name."""
+        return str(self.facts["name"])
+
+
+class Evaluating:
+    """One process's part of an evaluation: opened, then `run`; `finish` writes the results where all parts are done.
+
+    folder: where measurements are kept. ValueError where it holds those of something else.
     """
-    console = Console()
-    if out is not None and (out / "report.md").exists() and not overwrite:
-        raise ValueError(f"{out / 'report.md'}: exists: choose another folder, or --overwrite")
-    network, config, folder = load_model(run, device, which)
-    own = data_sources(config)[1]
-    if data is None and own is None:
-        raise ValueError(f"{run}: was trained without validation (eval: off): name a set with --data")
-    source, val_set = data or str(own), open_set(data or own.path, config)
-    crops, side = per_tier or config.eval.per_tier, crop or config.eval.crop
-    measured = loss_state(folder) if config.model.prior else None
-    task = None
-    if measured:
-        task = DeblurTask(config, device)
-        task.load_state_dict(measured)
-    bf16 = config.engine.precision == "bf16"
-    keep_depthwise_in_fp32(network, config.engine, device)
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    with Progress(console=console, transient=True) as bar, autocast:
-        row = bar.add_task("restoring", total=validation_count(val_set, TIERS, crops))
-        evaluation = evaluate_pairs(
-            network,
-            validation_pairs(
-                val_set, config.blur, crop=side, crops=crops, seed=VALIDATION_SEED, margin=config.data.margin
-            ),
-            device=device,
-            teacher=task.teacher if task else None,
-            similarity=task.similarity if task else None,
-            keep=panel_numbers(config.eval.panels, val_set, crops),
-            on_forward=lambda: bar.advance(row),
+
+    def __init__(
+        self, model: Tested, pairs: PairSet, folder: Path, device: torch.device, how: Settings, *, overwrite: bool
+    ) -> None:
+        precision = how.precision or ("bf16" if model.config.engine.precision == "bf16" else "fp32")
+        if precision not in PRECISIONS:
+            raise ValueError(f"--precision {precision}: one of {', '.join(PRECISIONS)}")
+        names = metric_names("full")
+        self.model, self.pairs, self.folder, self._how = model, pairs, folder, how
+        self.settings = {
+            "tile": "whole" if pairs.whole else how.tile,
+            "precision": precision,
+            "metrics": list(names),
+            "alignment": "RealBlur (ECC homography)" if pairs.aligned else "none",
+        }
+        computing = {name: number for name, number in versions().items() if name in ("torch", "timm", "numpy")}
+        self.versions = {"sharpprior": git_commit() or "not in git", **computing}
+        tested = {name: pairs.facts[name] for name in ("layout", "split", "blur variant", "pairs", "of")}
+        identity = {"model": model.facts["digest"], "data": tested | {"digest": pairs.digest}}
+        identity |= {"settings": self.settings, "versions": self.versions}
+        self.book = Book(folder, identity, pairs.items, rank=how.rank, world=how.world, overwrite=overwrite)
+        keep_depthwise_in_fp32(model.network, with_precision(model.config, precision).engine, device)
+        task = None
+        if pairs.whole and model.config.model.prior and (state := loss_state(model.source)):
+            task = DeblurTask(model.config, device)
+            task.load_state_dict(state)
+        auto, tile = how.tile == "auto" and not pairs.whole, default_tile(model.config)
+        side = tile if auto else how.tile if isinstance(how.tile, int) else None
+        # Only crops have kernels that are known; asked after the book, which refuses folders of something else.
+        yardsticks, said = yardsticks_of(model.config, model.source, folder, device, deconvolution=pairs.whole)
+        self.settings |= {"yardsticks": said}
+        self.measuring = Measuring(
+            model.network,
+            device,
+            names=names,
+            tile=side,
+            auto=auto,
+            precision=PRECISIONS[precision],
+            yardsticks=yardsticks,
+            task=task,
         )
-    console.print(
-        f"model: {folder} ({describe(folder)})  data: {source}", markup=False, highlight=False, soft_wrap=True
+        self.device = device
+
+    def todo(self) -> list[Item]:
+        """What is left of this process's share."""
+        return self.book.share(self._how.world)
+
+    def run(self, on_picture: Callable[[Item, str | None], None] = lambda item, why: None) -> int:
+        """Restore and measure what is left of the share, each picture's record on the disk before `on_picture(item, why
+        it failed)` is told. Returns how many were done. A picture that does not read is recorded, and the rest go on.
+        """
+        todo = self.todo()
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(AlignPool(self._how.workers)) if self.pairs.aligned and todo else None
+            # While pictures are aligned in other processes, the next ones are restored here: a kill loses these too.
+            ahead = 0 if pool is None else max(1, self._how.workers // ALIGNED_A_PICTURE)
+            waiting: deque[tuple[Item, dict[str, Any], dict[str, Future[Aligned]]]] = deque()
+
+            def write() -> None:
+                item, record, futures = waiting.popleft()
+                self.book.add(item, with_aligned(record, {name: each.result() for name, each in futures.items()}))
+                on_picture(item, record.get("failed"))
+
+            for item in todo:
+                waiting.append(self._picture(item, pool))
+                while len(waiting) > ahead:
+                    write()
+            while waiting:
+                write()
+        self.book.close()
+        return len(todo)
+
+    def _picture(self, item: Item, pool: AlignPool | None) -> tuple[Item, dict[str, Any], dict[str, Future[Aligned]]]:
+        """(item, record, alignments under way by name of the picture)."""
+        try:
+            pair = self.pairs.read(item)
+            record, pictures = self.measuring.picture(pair, item.tier, crop=self.pairs.whole)
+        except DataError as error:
+            return item, {"failed": str(error)}, {}
+        if self._how.save:
+            self._keep(item, pictures[RESTORED])
+        if pool is None:
+            return item, record, {}
+        sharp = as_picture(pair.sharp)
+        return item, record, {name: pool.submit(sharp, as_picture(image)) for name, image in pictures.items()}
+
+    def restored(self, pair: Pair) -> Tensor:
+        """A pair's restored picture, uint8 [3, H, W]."""
+        return self.measuring.crop(pair)[0] if self.pairs.whole else self.measuring.restore(pair.blurry)[0]
+
+    def _keep(self, item: Item, restored: Tensor) -> None:
+        folder = self.folder / "restored"
+        folder.mkdir(exist_ok=True)
+        with replacing(folder / f"{item.key.replace('/', '-')}.png", durable=False) as path:
+            Image.fromarray(as_picture(restored)).save(path, format="PNG")
+
+
+def _model_facts(network: torch.nn.Module, config: Config, source: Path) -> dict[str, Any]:
+    """What a table of results says of a model, and the digest of its weights."""
+    counts = summarize(network)
+    step = describe(source)
+    run = next((path.parent.name for path in source.parents if path.name == "checkpoints"), None)
+    trained = config.data.train
+    backbone = config.model.backbone
+    return {
+        "name": f"{run}, {step}" if run else source.stem,
+        "path": str(source),
+        "step": int(step.removeprefix("step ")) if step.startswith("step ") else None,
+        "digest": _file_digest(source if source.is_file() else source / WEIGHTS),
+        "backbone": str(backbone.get("name", backbone)) if isinstance(backbone, dict) else str(backbone),
+        "prior": config.model.prior,
+        "parameters": counts.parameters,
+        "macs at 256×256": counts.macs,
+        "training data": [each.path for each in trained] if trained else "not recorded with the model",
+        "training blur": config.blur.preset if trained else "not recorded with the model",
+        "training crop": config.data.crop if trained else None,
+        "training steps": config.train.steps if trained else None,
+    }
+
+
+def _file_digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
+
+
+def machine(device: torch.device) -> str:
+    """The device by name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def with_aligned(record: dict[str, Any], found: Mapping[str, Aligned]) -> dict[str, Any]:
+    """A picture's record with its values after RealBlur's alignment first, and which pictures were not aligned."""
+    if not found:
+        return record
+
+    def both(name: str, values: Mapping[str, float]) -> dict[str, float]:
+        return {"psnr" + ALIGNED: found[name].psnr, "ssim" + ALIGNED: found[name].ssim, **values}
+
+    made = {name: both(name, values) for name, values in record["yardsticks"].items()}
+    lost = [name for name, each in found.items() if not each.found]
+    columns = {name: both(name, record[name]) for name in (INPUT, RESTORED)}
+    return record | columns | {"yardsticks": made} | ({"not aligned": lost} if lost else {})
+
+
+def finish(evaluation: Evaluating) -> dict[str, Any] | None:
+    """results.json and the reports beside it, where every picture of the list is done; None where other processes still
+    work, or ended early. Whoever ends last writes them."""
+    records = evaluation.book.records()
+    if len(records) < len(evaluation.pairs.items):
+        return None
+    model, pairs, folder = evaluation.model, evaluation.pairs, evaluation.folder
+    facts = {
+        "model": model.facts,
+        "data": {**pairs.facts, "label": pairs.label, "digest": pairs.digest},
+        "settings": evaluation.settings,
+        "versions": evaluation.versions,
+        "device": machine(evaluation.device),
+    }
+    metrics = metric_facts(evaluation.settings["metrics"], aligned=pairs.aligned)
+    results = build(records, metrics, facts)
+    shown = shown_pictures(
+        [key for keys in chosen_to_show(results) for key in keys], _by_key(results), pairs, evaluation.restored
     )
-    facts = {"model": f"{folder} ({describe(folder)})", "validation data": source, "crops": f"{side} px"}
-    for line in tier_lines(evaluation):
-        console.print(line, highlight=False, soft_wrap=True)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw_panel(evaluation.pictures)).save(out / "panel.png")
-        facts["commit"] = git_commit() or "not in git"
-        write_report(out / "report.md", evaluation, title=f"Evaluation of {run}", facts=facts, before=[], curve=False)
-        console.print(f"report: {out / 'report.md'}", markup=False, soft_wrap=True)
+    title = f"{model.name} on {pairs.facts['set']}"
+    panel = [shown[key] for key in chosen_to_show(results)[2] if key in shown]
+    write_tables(folder, results)
+    if panel:
+        write_panel(folder / "panel.png", panel, results["headline"]["metric"])
+    write_markdown(folder / "report.md", results, title=title, panel=bool(panel))
+    write_page(folder / "report.html", results, shown, title=title)
+    seal(folder, results)
+    return results
+
+
+def _by_key(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {picture["key"]: picture for picture in results["pictures"]}

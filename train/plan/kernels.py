@@ -11,14 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.routes import Case, record
 from train.config.networks import build_model
-from train.config.patches import in_phase, phases
+from train.config.patches import evaluated_at_once, in_phase, phases
 from train.config.schema import Config
 from train.engine.network import shape_network
 from train.engine.precision import COMPUTE, SIXTEEN_BIT_PARAMETERS, planned, use_sixteen_bit_parameters
 
 
 def kernel_cases(config: Config, world: int, device: str) -> list[Case]:
-    """Cases of a training micro-batch of one of `world` ranks in each phase, and of an evaluation's crop, in the run's
+    """Cases of a training micro-batch of one of `world` ranks in each phase, and of an evaluation's crops, in the run's
     precision (auto counts as bf16) and layout; none without a prior. device: cpu or cuda, whose layouts and autocast
     differ.
 
@@ -34,7 +34,7 @@ def kernel_cases(config: Config, world: int, device: str) -> list[Case]:
     sizes = [in_phase(config, phase) for phase in phases(config)]
     calls = [(each.micro_batch(world), each.data.crop, loaded) for each in sizes]
     if config.eval.enabled:
-        calls.append((1, config.eval.crop, torch.contiguous_format))
+        calls.append((evaluated_at_once(config, world, device), config.eval.crop, torch.contiguous_format))
     if not config.model.prior:
         return []
     with torch.device("meta"):

@@ -43,13 +43,13 @@ def fitting_tile(network: nn.Module, tile: int, way: Way = PLAIN) -> tuple[int, 
     return side, 1 if device.type == "cpu" else max(1, min(MOST_AT_ONCE, budget // max(needed, 1)))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that tiles may take of the device's memory that is free."""
+def free_bytes(device: torch.device, most: float = CPU_MOST) -> int:
+    """Bytes that tiles may take of the device's memory that is free; of a CPU's at most `most`."""
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + reusable))
     free = _available()
-    return CPU_MOST if free is None else int(min(CPU_MOST, CPU_SHARE * free))
+    return CPU_MOST if free is None else int(min(most, CPU_SHARE * free))
 
 
 def _available() -> int | None:

@@ -12,7 +12,16 @@ from train.config.file import dump_config
 from train.config.schema import Config
 from train.log import log
 
-_MADE_AT_START = {".lock", "config.yaml", "log.txt", "checkpoints", "tensorboard", "heartbeat", "traces"}
+_MADE_AT_START = {
+    ".lock",
+    "config.yaml",
+    "log.txt",
+    "checkpoints",
+    "tensorboard",
+    "heartbeat",
+    "traces",
+    "yardsticks.json",
+}
 
 
 class RunFolderError(ValueError):
@@ -22,7 +31,8 @@ class RunFolderError(ValueError):
 class RunFolder:
     """Paths inside `root/name`, and what is written there by rank 0.
 
-    path/config.yaml, log.txt, metrics.jsonl, checkpoints/, tensorboard/, panel.png, curve.png, report.md
+    path/config.yaml, log.txt, metrics.jsonl, yardsticks.json, checkpoints/, tensorboard/, panel.png, curve.png,
+    report.md, report.html
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +42,9 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
+        self.yardsticks = path / "yardsticks.json"
         self.panel, self.curve, self.report = (path / name for name in ("panel.png", "curve.png", "report.md"))
+        self.page = path / "report.html"
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:

@@ -1,22 +1,21 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard, the progress bar, and in the end its report."""
+"""What a run writes about itself: metrics.jsonl, TensorBoard, the progress bar, its page, and in the end its report."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from train.config.schema import Config
-from train.engine.engine import Engine
-from train.evaluate.metrics import METRICS
 from train.evaluate.report import draw_curve, draw_panel, draw_similarity, tier_lines, write_report
 from train.evaluate.scores import Evaluation
 from train.log import log
-from train.run.facts import run_facts, run_notes
+from train.run.facts import run_notes
 from train.run.folder import RunFolder, RunFolderError
+from train.run.live import LivePage
 from train.run.progress import TrainingProgress
 from train.run.rates import Rates
 from train.run.schedule import logged
@@ -25,11 +24,18 @@ from train.run.step import StepResult
 
 
 class Records:
-    """The records of a run, on rank 0 alone. `step`: where the run stands when they are opened. Use as a context
-    manager: leaving it closes the files and ends the bar."""
+    """The records of a run, on rank 0 alone. `step`: where the run stands when they are opened; facts: names and values
+    of what ran, given its records. Use as a context manager: leaving it closes the files and ends the bar."""
 
     def __init__(
-        self, folder: RunFolder, config: Config, console: Console, step: int, shares: StepShares, rates: Rates
+        self,
+        folder: RunFolder,
+        config: Config,
+        console: Console,
+        step: int,
+        shares: StepShares,
+        rates: Rates,
+        facts: Callable[[Sequence[Mapping]], Mapping[str, str]],
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds, and of rank 0 alone
 
@@ -37,6 +43,7 @@ class Records:
         folder.write_config(config)
         self._open = contextlib.ExitStack()
         self._writer = self._open.enter_context(SummaryWriter(str(folder.tensorboard), purge_step=step + 1))
+        self._facts, self._page, self._ended = facts, LivePage(folder, config, step, facts), False
         self._bar = TrainingProgress(console, step, config.train.steps)
         self._showing = contextlib.ExitStack()
         self._open.callback(self.end_bar)
@@ -44,7 +51,8 @@ class Records:
     def __enter__(self) -> Records:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._page.close("finished" if self._ended else f"ended by {kind.__name__}" if kind else "stopped")
         self._open.close()
 
     def begin_bar(self) -> None:
@@ -77,34 +85,44 @@ class Records:
         if result.loss_scale is not None:
             values["loss_scale"] = result.loss_scale
         values = finite(values)
-        self.folder.append_metrics({"step": step, **values, **({"shares": shares} if shares else {})})
+        record = {"step": step, **values, **({"shares": shares} if shares else {})}
+        self.folder.append_metrics(record)
+        self._page.add(record)
         self._scalars("train", {name: value for name, value in values.items() if value is not None}, step)
 
     def _parts(self, step: int, stage: str, parts: Mapping[str, float]) -> None:
         """What a forward pass consists of, which cannot be seen where it is replayed."""
         if len(parts) > 1:
-            self.folder.append_metrics({"step": step, "stage": stage, "parts": dict(parts)})
+            record = {"step": step, "stage": stage, "parts": dict(parts)}
+            self.folder.append_metrics(record)
+            self._page.add(record)
             told = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
             log.info("forward pass, stage %s: %s", stage, told)
 
     def evaluation(self, step: int, evaluation: Evaluation, seconds: float) -> None:
         """Write down and say what an evaluation after `step` steps found."""
-        self.folder.append_metrics({"step": step, **finite(evaluation.record())})
+        record = {"step": step, **finite(evaluation.record())}
+        self.folder.append_metrics(record)
+        self._page.evaluation(evaluation)
+        self._page.add(record)
         rows = evaluation.tiers()
         self._scalars("gain", {row.tier: row.gain for row in rows}, step)
-        for name in METRICS:
+        self._scalars("over_trivial", {row.tier: row.over_trivial for row in rows}, step)
+        for name in evaluation.metrics():
             self._scalars(name, {row.tier: row.restored[name] for row in rows}, step)
         self._scalars("similarity", {f"level{n}": value for n, value in enumerate(evaluation.similarity, 1)}, step)
         self._writer.add_image("panel", draw_panel(evaluation.pictures), step, dataformats="HWC")
-        gains = "  ".join(f"{row.tier} {row.gain:+.3f}" for row in rows)
-        log.info("step %d: gain in dB: %s  (%d pairs, %.0f s)", step, gains, len(evaluation.scores), seconds)
+        gains = "  ".join(f"{row.tier} {row.over_trivial:+.3f}" for row in rows)
+        told = "step %d: gain over the best trivial in dB: %s  (%d pairs, %.0f s)"
+        log.info(told, step, gains, len(evaluation.scores), seconds)
 
     def evaluated(self, step: int) -> bool:
         """Whether an evaluation after `step` steps is written down."""
         return any(record["step"] == step and "tiers" in record for record in self.folder.read_metrics())
 
-    def report(self, evaluation: Evaluation, engine: Engine, sources: Mapping[str, str], commit: str | None) -> None:
-        """panel.png, curve.png, similarity.png, report.md."""
+    def report(self, evaluation: Evaluation) -> None:
+        """panel.png, curve.png, similarity.png, report.md; report.html is written once more on leaving."""
+        self._ended = True
         from PIL import Image
 
         records, folder = self.folder.read_metrics(), self.folder
@@ -116,16 +134,17 @@ class Records:
             folder.report,
             evaluation,
             title=f"Run {self.config.run.name}",
-            facts=run_facts(self.config, engine, records, sources, commit),
+            facts=self._facts(records),
             before=first.get("similarity", []),
             notes=run_notes(self.config, records),
         )
         for line in tier_lines(evaluation):
             log.info(line)
-        log.info("report: %s  pictures: %s", folder.report, folder.panel)
+        log.info("report: %s  page: %s  pictures: %s", folder.report, folder.page, folder.panel)
 
     def curve(self) -> None:
         """The end of a run without validation: the curve of its losses."""
+        self._ended = True
         draw_curve(self.folder.read_metrics(), self.folder.curve)
         log.info("curve: %s (no report: eval is off)", self.folder.curve)
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from data.blur import TIERS
 from data.stream.crops import PAIRS_VERSION, margin_of
-from data.stream.validation import validation_count, validation_pairs
 from model.pretrained import CONFIG
 from train.checkpoint.copier import Copier
 from train.checkpoint.far import FarFolder, far_folder
@@ -37,9 +34,10 @@ from train.engine.average import Ema
 from train.engine.engine import Engine
 from train.engine.ranks import rank_lines
 from train.engine.zero import trainable
-from train.evaluate.scores import VALIDATION_SEED, Evaluation, evaluate_pairs, merge, panel_numbers
+from train.evaluate.scores import Evaluation
 from train.log import log, start_logging
 from train.objective.task import DeblurTask
+from train.run.facts import run_facts
 from train.run.first import first_weights
 from train.run.folder import RunFolder
 from train.run.kernels import guard_kernels
@@ -51,6 +49,7 @@ from train.run.shares import StepShares
 from train.run.stages import arrange, enter_stage
 from train.run.step import StepResult
 from train.run.stream import TrainingStream
+from train.run.validation import Validation
 from train.watch.heartbeat import beat
 from train.watch.signals import StopRequest
 from train.watch.traces import Traces
@@ -157,6 +156,7 @@ class Session:
             log.info("training data: %s, %d samples", source, len(shards))
         if self.val_set is not None:
             log.info("validation data: %s, %d samples", val, len(self.val_set))
+            self._validation = Validation(self.config, self.folder, self.engine, self.train_sets, self.val_set)
         else:
             log.info("no validation: eval is off")
 
@@ -252,9 +252,15 @@ class Session:
             shares = StepShares(engine.module, self.task.teacher, lambda: graphs is not None and graphs.recording)
             peak = peak_flops(engine.device, self.config.engine.precision, engine.world)
             rates = Rates(self.config, engine.world, peak, self.step)
-            records = Records(self.folder, self.config, self.console, self.step, shares, rates)
+            records = Records(self.folder, self.config, self.console, self.step, shares, rates, self._facts)
             engine.timed = records.timed
             self.records = opened.enter_context(records)
+
+    def _facts(self, records: Sequence[Mapping]) -> dict[str, str]:
+        """What a report says of the run beside its scores."""
+        train, val = self._sources
+        sources = {"training data": "; ".join(map(str, train)), "validation data": str(val)}
+        return run_facts(self.config, self.engine, records, sources, self._commit)
 
     # -- the loop's calls ---------------------------------------------------------------------------------------------
 
@@ -309,40 +315,15 @@ class Session:
         started = time.perf_counter()
         try:
             self._go_on()
-            evaluation = self._scores()
+            self._share_batch_norm()
+            with self.ema.in_place_of_weights():
+                evaluation = self._validation.scores(self.task, self._go_on)
         except StopAgreedError:
             log.info("step %d: evaluation broken off", step)
             return
         self.evaluation, self._evaluated = evaluation, step
         if self.records is not None:
             self.records.evaluation(step, evaluation, time.perf_counter() - started)
-
-    def _scores(self) -> Evaluation:
-        engine, settings = self.engine, self.config.eval
-        pairs = validation_pairs(
-            self.val_set,
-            self.config.blur,
-            crop=settings.crop,
-            crops=settings.per_tier,
-            seed=VALIDATION_SEED,
-            rank=engine.rank,
-            world=engine.world,
-            margin=self.config.data.margin,
-        )
-        self._share_batch_norm()
-        with self.ema.in_place_of_weights(), engine.autocast():
-            part = evaluate_pairs(
-                engine.module,
-                pairs,
-                device=engine.device,
-                teacher=self.task.teacher,
-                similarity=self.task.similarity,
-                keep=panel_numbers(settings.panels, self.val_set, settings.per_tier),
-                forwards=math.ceil(validation_count(self.val_set, TIERS, settings.per_tier) / engine.world),
-                dummy_size=settings.crop,
-                on_forward=self._go_on,
-            )
-        return merge(engine.gather(part))
 
     def _go_on(self) -> None:
         """All ranks at the same place: go on, or stop together."""
@@ -420,9 +401,7 @@ class Session:
         if self.engine.main and not self.stopping.agreed:
             self.checkpoints.forget_replaced()
         if self.records is not None and self.evaluation is not None and not self.stopping.agreed:
-            train, val = self._sources
-            sources = {"training data": "; ".join(map(str, train)), "validation data": str(val)}
-            self.records.report(self.evaluation, self.engine, sources, self._commit)
+            self.records.report(self.evaluation)
 
     def _end_bar(self) -> None:
         if self.records is not None:

@@ -46,7 +46,8 @@ def test_evaluate_repeats_the_runs_own_evaluation(runs, unbroken, sharpprior, tm
     for value in last["similarity"]:
         assert f"| {value:.3f} |" in report
     assert (tmp_path / "report" / "panel.png").is_file()
-    assert sharpprior("evaluate", runs.folder(unbroken), "-o", tmp_path / "report")[0] == 1
+    status, again, _ = sharpprior("evaluate", runs.folder(unbroken), "-o", tmp_path / "report")
+    assert (status, "nothing is done again" in again) == (0, True)
 
 
 def test_a_folder_with_a_bad_picture_restores_the_rest_and_fails(runs, unbroken, sharpprior, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.image import psnr
-from train.evaluate.metrics import METRICS, bootstrap_mean_interval, measured, ssim, to_uint8
+from train.evaluate.metrics import METRICS, as_picture, bootstrap_mean_interval, measured, metric_names, to_uint8
 from train.evaluate.report import tier_lines, tier_table, write_report
 from train.evaluate.scores import Evaluation, Score, merge
 
@@ -31,24 +31,43 @@ def test_psnr_does_not_wrap_around():
     assert psnr(black, white) == pytest.approx(0.0)
 
 
+def batch(*pictures: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
+
+
+def test_psnr_of_tensors_is_that_of_pictures():
+    sharp, other = picture(0), picture(1)
+    found = measured(batch(other, sharp, np.uint8(255) - sharp), batch(sharp, sharp, sharp), ["psnr"])
+    assert [row["psnr"] for row in found] == [
+        pytest.approx(psnr(other, sharp), abs=1e-12),
+        60.0,
+        pytest.approx(psnr(255 - sharp, sharp), abs=1e-12),
+    ]
+
+
 def test_ssim_of_a_picture_with_itself_is_1_and_falls_with_noise():
     sharp = picture(0)
     noisy = np.clip(sharp.astype(int) + picture(1) // 8, 0, 255).astype(np.uint8)
-    assert ssim(sharp, sharp) == pytest.approx(1.0)
-    assert 0 < ssim(noisy, sharp) < 1
-    assert ssim(picture(2), sharp) < ssim(noisy, sharp)
+    same, near, far = (row["ssim"] for row in measured(batch(sharp, noisy, picture(2)), batch(*[sharp] * 3), ["ssim"]))
+    assert same == pytest.approx(1.0)
+    assert far < near < 1
+    assert near > 0
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", metric_names("full"))
 def test_every_metric_of_the_table_keeps_the_contract(name, tmp_path):
     """A row is all that a new metric needs: this runs over the table."""
     metric, sharp = METRICS[name], picture(0)
     noisy = np.clip(sharp.astype(int) + picture(1) // 8, 0, 255).astype(np.uint8)
-    same, near = measured(sharp, sharp)[name], measured(noisy, sharp)[name]
+    names = list(dict.fromkeys(["psnr", name]))
+    first, second = measured(batch(noisy, sharp), batch(sharp, sharp), names)
+    near, same = first[name], second[name]
     assert all(isinstance(value, float) and math.isfinite(value) for value in (same, near))
-    assert near != same
+    assert near < same if metric.better == "higher" else near > same
     assert (noisy == np.clip(sharp.astype(int) + picture(1) // 8, 0, 255)).all()  # the pictures are left alone
-    evaluation = Evaluation([Score("a", "severe", 40.0, measured(noisy, sharp), measured(sharp, sharp))])
+    (alone,) = measured(batch(noisy), batch(sharp), names)
+    assert alone[name] == pytest.approx(near, abs=1e-12 if name not in ("features", "lpips", "dists") else 1e-5)
+    evaluation = Evaluation([Score("a", "severe", 40.0, first, second)])
     (row,) = evaluation.record()["tiers"]
     assert (row[f"input_{name}"], row[f"restored_{name}"]) == (near, same)
     write_report(tmp_path / "report.md", evaluation, title="T", facts={}, before=[])
@@ -58,10 +77,30 @@ def test_every_metric_of_the_table_keeps_the_contract(name, tmp_path):
     assert f"{metric.label}: {metric.note}." in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "names", "told"),
+    [
+        (torch.zeros(1, 3, 20, 20), torch.zeros(1, 3, 20, 20), ["psnr"], "float32 .* give uint8 RGB"),
+        (torch.zeros(1, 3, 20, 20).byte(), torch.zeros(1, 3, 20, 21).byte(), ["psnr"], "give pictures of one"),
+        (torch.zeros(1, 3, 10, 20).byte(), torch.zeros(1, 3, 10, 20).byte(), ["ssim"], "its window is 11 px"),
+        (torch.zeros(1, 3, 20, 20).byte(), torch.zeros(1, 3, 20, 20).byte(), ["simm"], "did you mean ssim"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(first, second, names, told):
+    with pytest.raises(ValueError, match=told):
+        measured(first, second, names)
+
+
+def test_training_measures_less_than_evaluate():
+    assert metric_names() == ("psnr", "ssim")
+    assert metric_names("full")[:6] == ("psnr", "ssim", "ssim_3d", "gms", "gmsd", "features")
+
+
 def test_to_uint8_clamps_and_rounds():
     values = torch.tensor([-1.0, 0.0, 0.499 / 255, 0.501 / 255, 254.6 / 255, 2.0])
-    assert to_uint8(values.view(1, 1, 6).expand(3, 1, 6)).tolist() == [[[v] * 3 for v in (0, 0, 0, 1, 255, 255)]]
-    assert to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
+    assert to_uint8(values.view(1, 1, 6).expand(3, 1, 6))[:, 0].tolist() == [[0, 0, 0, 1, 255, 255]] * 3
+    assert to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 3, 4, 5)
+    assert as_picture(torch.zeros(3, 4, 5).byte()).shape == (4, 5, 3)
 
 
 def test_the_interval_resamples_clusters_and_not_values():
@@ -85,7 +124,7 @@ def test_the_interval_is_the_same_every_time_and_refuses_nonsense():
 
 
 def score(key: str, tier: str, gain: float) -> Score:
-    blurry = dict.fromkeys(METRICS, 0.5) | {"psnr": 20.0}
+    blurry = dict.fromkeys(metric_names(), 0.5) | {"psnr": 20.0}
     return Score(key, tier, 40.0, blurry, blurry | {"psnr": 20.0 + gain})
 
 
@@ -104,3 +143,26 @@ def test_parts_of_the_ranks_merge_into_one_evaluation():
 
 def test_recorded_pairs_keep_a_tier_of_their_own():
     assert [row.tier for row in Evaluation([score("a", "paired", 1.0)]).tiers()] == ["paired"]
+
+
+def test_the_headline_is_over_the_best_trivial_of_the_tier_paired():
+    def row(key: str, restored: float, gaussian: float, unsharp: float, wiener: float) -> Score:
+        others = {"gaussian": {"psnr": gaussian}, "unsharp": {"psnr": unsharp}, "wiener": {"psnr": wiener}}
+        return Score(key, "severe", 40.0, {"psnr": 20.0}, {"psnr": restored}, others)
+
+    rows = [row("a", 21.0, 20.5, 19.0, 30.0), row("b", 20.2, 20.3, 20.6, 30.0)]
+    (summary,) = Evaluation(rows).tiers()
+    assert summary.trivial == "gaussian"  # on average over the tier: not the best of each pair
+    assert summary.over_trivial == pytest.approx((0.5 - 0.1) / 2)
+    assert summary.gain == pytest.approx(0.6)
+    assert (summary.over_low, summary.over_high) == (pytest.approx(-0.1), pytest.approx(0.5))
+    assert summary.yardsticks["wiener"] == {"psnr": 30.0}  # the kernel is known to it: a bound, and not a rival
+    assert summary.record()["yardsticks"] == summary.yardsticks
+    worse = Evaluation([row("a", 21.0, 19.0, 19.5, 30.0), row("b", 20.2, 19.0, 19.0, 30.0)]).tiers()[0]
+    assert (worse.trivial, worse.over_trivial) == ("input", pytest.approx(worse.gain))
+
+
+def test_a_yardstick_that_not_every_pair_has_is_no_mean_of_the_tier():
+    first = Score("a", "severe", 40.0, {"psnr": 20.0}, {"psnr": 21.0}, {"gaussian": {"psnr": 25.0}})
+    (summary,) = Evaluation([first, Score("b", "severe", 40.0, {"psnr": 20.0}, {"psnr": 21.0})]).tiers()
+    assert (summary.trivial, summary.yardsticks) == ("input", {})

@@ -32,6 +32,7 @@ def test_stray_bytes_in_small_files_do_not_stop_a_run(runs, unbroken, copied):
     folder = copied("strays")
     for name in ("latest", "best"):
         (folder / "checkpoints" / name).write_bytes(b"\xff\xfe../../etc")
+    (folder / "yardsticks.json").write_bytes(b"\xff{")
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     lines[4:5] = [b"\xff" + lines[4], b"5\n", b"[]\n"]  # a record damaged, and lines that are none
     (folder / "metrics.jsonl").write_bytes(b"".join(lines))
@@ -40,6 +41,9 @@ def test_stray_bytes_in_small_files_do_not_stop_a_run(runs, unbroken, copied):
     after = {step: loss for step, loss in runs.losses("strays").items() if step > 6}
     assert after == {step: loss for step, loss in runs.losses(unbroken).items() if step > 6}
     assert (folder / "checkpoints/latest").read_text() == "step-00000012\n"
+    last, expected = (runs.records(name)[-1] for name in ("strays", unbroken))
+    assert last["tiers"] == expected["tiers"]  # with yardsticks that were chosen anew
+    assert "yardsticks.json: not the yardsticks of a run" in " ".join(out.split())
 
 
 def test_a_finished_run_goes_on_longer_and_says_what_its_schedule_does(runs, unbroken, copied):

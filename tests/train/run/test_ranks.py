@@ -36,6 +36,7 @@ def test_two_ranks_under_zero_have_the_losses_of_one_process(runs, one_process, 
     assert [row["pairs"] for row in one] == [row["pairs"] for row in two]
     for a, b in zip(one, two, strict=True):
         assert a["restored_psnr"] == pytest.approx(b["restored_psnr"], abs=0.02)
+        assert a["yardsticks"] == b["yardsticks"]
 
 
 def test_zero_3_on_two_ranks_resumes_bit_identically(runs, one_process):

@@ -19,7 +19,7 @@ LONG = {"train__steps": 12, "train__distill_steps": 4, "checkpoint__every": 6}
 
 def test_a_run_leaves_everything_that_it_promises(runs, unbroken):
     folder = runs.folder(unbroken)
-    for name in ("config.yaml", "log.txt", "metrics.jsonl", "report.md", "panel.png", "curve.png"):
+    for name in ("config.yaml", "log.txt", "metrics.jsonl", "report.md", "panel.png", "curve.png", "report.html"):
         assert (folder / name).stat().st_size > 0, name
     assert list((folder / "tensorboard").iterdir())
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
@@ -31,12 +31,31 @@ def test_a_run_leaves_everything_that_it_promises(runs, unbroken):
     for tier in ("identity", "mild", "moderate", "severe", "extreme"):
         assert f"| {tier} | 4 |" in report
     assert "prior at the start" in report
-    assert Image.open(folder / "panel.png").size == (3 * 64 + 4 * 6, 2 * (64 + 22 + 6) + 6)
+    assert Image.open(folder / "panel.png").size == (3 * 218 + 8, 2 * (64 + 2 * 18 + 2 * 8) + 8)
 
 
 def test_a_fresh_run_starts_as_the_identity(runs, unbroken):
     first = next(record for record in runs.records(unbroken) if record["step"] == 0)
     assert all(abs(row["gain"]) < 1e-9 for row in first["tiers"])
+
+
+def test_every_evaluation_carries_the_same_yardsticks(runs, unbroken):
+    """Chosen on training pairs once, so that only the model's own numbers move."""
+    first, last = (record["tiers"] for record in runs.records(unbroken) if "tiers" in record)
+    for before, after in zip(first, last, strict=True):
+        assert list(before["yardsticks"]) == ["gaussian", "unsharp"]
+        assert before["yardsticks"] == after["yardsticks"]
+        best = max(
+            ("psnr", before["input_psnr"]),
+            *((n, v["psnr"]) for n, v in before["yardsticks"].items()),
+            key=lambda x: x[1],
+        )
+        assert after["over_trivial"] == pytest.approx(after["restored_psnr"] - best[1], abs=1e-9)
+        assert before["over_trivial"] <= before["gain"]
+        assert after["over_low"] <= after["over_trivial"] <= after["over_high"]
+    kept = json.loads((runs.folder(unbroken) / "yardsticks.json").read_text())
+    assert kept["pairs"] == 5 * 5  # of the five training photographs
+    assert "gain over the best trivial" in (runs.folder(unbroken) / "report.md").read_text()
 
 
 def test_the_evaluation_before_the_first_step_can_be_left_out(runs):
