@@ -107,7 +107,7 @@ class Measuring:
             likeness = {}
         self._wait()
         seconds = time.perf_counter() - started
-        made = self._yardsticks.apply(pair.blurry, tier, pair.kernel)
+        made = self._yardsticks.apply(pair.blurry.to(self.device), tier, pair.kernel)
         record = {
             "extent": pair.extent if math.isfinite(pair.extent) else None,
             "width": pair.sharp.shape[-1],

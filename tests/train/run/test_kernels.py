@@ -13,6 +13,7 @@ from kernels.runtime import INTERPRETING, TRITON_INSTALLED
 from tests.train.runs import ROOT
 from train.config.file import load_config
 from train.config.identity import config_digest
+from train.config.patches import evaluated_at_once
 from train.config.schema import Config, KernelSection
 from train.engine.ranks import RankFacts
 from train.plan.kernels import kernel_cases
@@ -65,6 +66,9 @@ def test_cases_of_a_gpu_are_listed_without_one_where_that_is_possible(tmp_path):
     config = small(tmp_path, engine__channels_last="true")
     found = {c for c in kernel_cases(config, 1, "cuda") if isinstance(c, AttentionCase)}
     assert {c.channels for c in found} == {16, 32}
+    at_once = evaluated_at_once(config, 1, "cuda")
+    assert at_once > 1  # a GPU evaluates in batches
+    assert (at_once, 24) in {(c.batch, c.height) for c in found}
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="bf16 computes there can only be listed on a GPU"):
             kernel_cases(small(tmp_path, engine__precision="bf16"), 1, "cuda")
