@@ -133,7 +133,7 @@ class Axis(NamedTuple):
             low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
         if log:
             return cls(10**low, 10**high, _decades(10**low, 10**high), True)
-        return cls(low, high, _steps(low, high))
+        return cls(low, high, _steps(low, high, whole=tight and all(float(value).is_integer() for value in values)))
 
     def place(self, value: float) -> float:
         """Where a value stands: 0 at the low end, 1 at the high one."""
@@ -158,11 +158,12 @@ class Axis(NamedTuple):
         return "".join(lines)
 
 
-def _steps(low: float, high: float, wanted: int = 5) -> tuple[float, ...]:
-    """Round numbers from low to high, about `wanted` of them."""
+def _steps(low: float, high: float, wanted: int = 5, *, whole: bool = False) -> tuple[float, ...]:
+    """Round numbers from low to high, about `wanted` of them; whole ones where they count something."""
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    step = math.ceil(step) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return tuple(round(n * step, 12) for n in range(first, last + 1))
 

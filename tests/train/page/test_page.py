@@ -186,6 +186,13 @@ def test_axes_hold_their_values_and_have_round_ticks_inside(values, log):
         assert float(label.replace(",", "")) == pytest.approx(tick, rel=5e-3, abs=1e-12)
 
 
+@pytest.mark.parametrize("last", [1, 3, 12, 13, 420, 100_000])
+def test_an_axis_of_steps_has_whole_ticks(last):
+    ticks = Axis.of([0, last], tight=True).ticks
+    assert all(float(tick).is_integer() for tick in ticks)
+    assert len(ticks) >= 2
+
+
 def test_intervals_say_by_colour_whether_they_hold_zero():
     rows = [Interval("a", 0.5, 0.1, 0.9), Interval("b", -0.5, -0.9, -0.1), Interval("c", 0.1, -0.2, 0.4)]
     text = draw_intervals([*rows, Interval("d", 0.3)], x="gain, dB")
