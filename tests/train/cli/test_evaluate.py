@@ -67,6 +67,7 @@ def test_numbers_are_those_of_the_files(model, sharpprior, tmp_path):
         restored = np.asarray(Image.open(out / "restored" / f"{picture['key']}.png"))
         assert picture["input"]["psnr"] == pytest.approx(psnr(blurry, sharp), abs=1e-9)
         assert picture["restored"]["psnr"] == pytest.approx(psnr(restored, sharp), abs=1e-9)
+        assert not np.array_equal(restored, blurry)
     mean = np.mean([picture["restored"]["psnr"] for picture in results(out)["pictures"]])
     assert results(out)["tiers"][-1]["restored"]["psnr"] == pytest.approx(mean)
 
