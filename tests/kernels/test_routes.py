@@ -192,3 +192,15 @@ def test_recording_sees_calls_on_tensors_without_memory():
 def test_a_route_of_another_name_is_refused():
     with pytest.raises(ValueError, match="'fast' is unknown"):
         routes.use({ATTENTION: "fast"})
+
+
+def test_in_a_block_of_composed_nothing_but_plain_operators_is_taken():
+    image = torch.zeros(1, 8, 4, 4)
+    group = ("attention", 8, 4, torch.float32)
+    assert routes.chosen(group, image)[0] is None
+    with routes.composed():
+        assert routes.chosen(group, image)[0] == "composed"
+        with routes.composed():
+            pass
+        assert routes.chosen(group, image)[0] == "composed"
+    assert routes.chosen(group, image)[0] is None
