@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,8 @@ def experiment(
     if unknown:
         raise ValueError(f"--arm {', '.join(sorted(unknown))}: no such arm; there are {', '.join(plan.arms)}")
     root = (root / name).absolute()
-    with held(root):
+    # Looking does not wait for the process that runs.
+    with contextlib.nullcontext() if only_list or only_report else held(root):
         data = _data_of(photos, root) if photos is not None else {}
         every = list(trials(plan, root, data=data, overrides=overrides or ()))
         needed = {trial.needs for trial in every if arms is None or trial.arm in arms}
@@ -65,46 +67,56 @@ def experiment(
             return
         report = out / f"{name}.md"
         if to_slurm:
-            made: set[str] = {t.name for t in wanted if t.needs is None and finished(t)}
-            jobs = submit([t for t in wanted if t.name not in made])
+            ready = {trial.name for trial in every if trial.needs is None and finished(trial)}
+            waiting = [trial for trial in wanted if trial.needs is not None and trial.needs not in ready]
+            done = ready | {t.name for t in wanted if t.needs is not None and t not in waiting and finished(t)}
+            jobs = submit([trial for trial in wanted if trial.name not in done])
             for run, job in jobs.items():
                 say(f"{run}: job {job}")
             say("when they are done, the same command without --submit scores them and writes the report")
             return
         for trial in () if only_report else wanted:
-            if trial.needs is not None or not finished(trial):
-                make(trial, tell=say)
+            make(trial, tell=say)
             write_report(report, name, plan, gather(every), len(every))
         write_report(report, name, plan, gather(every), len(every))
     say(f"report: {report}")
 
 
 def _data_of(photos: Path, root: Path) -> dict[str, str]:
-    """Shard sets of a folder's train/ and val/, made once where they are pictures; no picture may be in both."""
+    """Shard sets of a folder's train/ and val/, made once of each state of its pictures; no picture may be in both."""
     from data.shards.set import ShardSet
     from data.shards.tar import INDEX
     from train.experiments.leak import check_no_leak
 
     sets = {}
     for part in ("train", "val"):
-        source = photos.expanduser() / part
+        source = (photos.expanduser() / part).absolute()
         if not source.is_dir():
             raise ValueError(f"{source}: no such folder: --photos needs train/ and val/")
-        sets[part] = source if (source / INDEX).is_file() else _shards_of(source, root / "photos" / part)
+        sets[part] = source if (source / INDEX).is_file() else _shards_of(source, root / "photos")
     opened = [ShardSet(str(path)) for path in sets.values()]
     checked, digests = root / "photos-checked.txt", " ".join(each.digest for each in opened)
     if not checked.is_file() or digests not in checked.read_text():
         nearest = check_no_leak(*opened)
-        checked.write_text(f"{digests}\nnearest training and validation pictures: {nearest} of 256 bits apart\n")
-    return {part: str(path.absolute()) for part, path in sets.items()}
+        checked.parent.mkdir(parents=True, exist_ok=True)
+        checked.write_text(f"{digests}\nnearest training and validation pictures: {nearest} bits apart\n")
+    return {part: str(path) for part, path in sets.items()}
 
 
-def _shards_of(source: Path, target: Path) -> Path:
+def _shards_of(source: Path, root: Path) -> Path:
+    """Shards of a folder's pictures below `root`, in a folder of its own for each state of the pictures."""
+    import hashlib
     import subprocess
     import sys
 
+    from data.files import files_below
     from data.shards.tar import INDEX
 
+    state = hashlib.blake2b(str(source).encode(), digest_size=8)
+    for path in files_below(source):
+        facts = path.stat()
+        state.update(f"{path.relative_to(source)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    target = root / f"{source.name}-{state.hexdigest()}"
     if not (target / INDEX).is_file():
         say(f"{source}: making shards of its pictures")
         command = [sys.executable, "-m", "train.cli", "prepare", "folder", str(source), str(target), "--png"]

@@ -12,14 +12,16 @@ import numpy as np
 
 from data.blur import TIERS
 from data.files import write_atomically
+from train.config.patches import phases
 from train.config.schema import Config
-from train.evaluate.metrics import bootstrap_mean_interval
 from train.evaluate.results import read_results
 from train.experiments.plan import Experiment, Trial
 from train.experiments.runner import RESULTS, finished
 from train.run.folder import RunFolder
 
 INPUT = "input"
+SAME = 1e-6  # dB by which the input's PSNR may differ on another machine
+DRAWS = 4000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,39 @@ def over_trivial(made: Made, best: Mapping[str, str], tier: str, metric: str = "
 
 def paired(arm: Sequence[Made], reference: Sequence[Made], tier: str) -> tuple[float, float, float] | None:
     """Mean difference of restored PSNR between two arms, dB, with its 95 % interval: picture by picture over the seeds
-    that both have, resampling photographs with all their pictures. None without a common seed."""
+    that both have. Photographs are resampled with all their pictures, and with two seeds or more the seeds too: with
+    three of them an interval is rather too narrow than too wide. None without a common seed; NaN bounds where there is
+    one photograph alone. ValueError where the two saw different pictures."""
     both = {each.trial.seed: each for each in reference}
     pairs = [(each, both[each.trial.seed]) for each in arm if each.trial.seed in both]
-    values, scenes = [], []
-    for one, other in pairs:
-        for place, each in one.pictures.items():
-            if each["tier"] == tier and place in other.pictures:
-                values.append(each["restored"]["psnr"] - other.pictures[place]["restored"]["psnr"])
-                scenes.append(each["scene"])
-    return (float(np.mean(values)), *bootstrap_mean_interval(values, scenes)) if values else None
+    places = [place for place in pairs[0][0].pictures if place[1] == tier] if pairs else []
+    if not places:
+        return None
+    scenes, member = np.unique([pairs[0][0].pictures[place]["scene"] for place in places], return_inverse=True)
+    sums, counts = np.zeros((len(pairs), len(scenes))), np.bincount(member, minlength=len(scenes))
+    for row, (one, other) in enumerate(pairs):
+        np.add.at(sums[row], member, [_difference(one, other, place) for place in places])
+    mean = float(sums.sum() / (counts.sum() * len(pairs)))
+    if len(scenes) < 2:
+        return mean, float("nan"), float("nan")
+    generator = np.random.Generator(np.random.Philox(0))
+    of_scenes = generator.multinomial(len(scenes), np.full(len(scenes), 1 / len(scenes)), DRAWS)
+    of_seeds = np.ones((DRAWS, 1)) if len(pairs) == 1 else (
+        generator.multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), DRAWS)
+    )  # fmt: skip
+    means = ((of_seeds @ sums) * of_scenes).sum(1) / (of_seeds.sum(1) * (of_scenes @ counts))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return mean, float(low), float(high)
+
+
+def _difference(one: Made, other: Made, place: tuple[str, str]) -> float:
+    first, second = one.pictures[place], other.pictures.get(place)
+    if second is None or abs(first[INPUT]["psnr"] - second[INPUT]["psnr"]) > SAME:
+        raise ValueError(
+            f"{one.folder} and {other.folder}: scored different pictures ({place[0]}, {place[1]}): their differences "
+            "would mean nothing; make one of them again"
+        )
+    return first["restored"]["psnr"] - second["restored"]["psnr"]
 
 
 def write_report(path: Path, name: str, experiment: Experiment, made: Sequence[Made], wanted: int) -> None:
@@ -110,7 +135,13 @@ def write_report(path: Path, name: str, experiment: Experiment, made: Sequence[M
     if arms:
         best = trivial_of(made)
         lines += [*_verdicts(experiment, arms, best), ""]
-        lines += ["## Arms", "", *_arms_table(experiment, arms), ""]
+        first = {name: [each for each in made if each.trial.arm == name] for name in experiment.first}
+        lines += [
+            "## Runs",
+            "",
+            *_cost_table(experiment, {name: runs for name, runs in first.items() if runs} | arms),
+            "",
+        ]
         lines += ["## Gain over the best trivial way, dB", "", *_gain_table(experiment, arms, best), ""]
         lines += ["## Against the reference, picture by picture, dB", "", *_paired_table(experiment, arms), ""]
         draw(path.with_suffix(".png"), experiment, arms)
@@ -163,7 +194,11 @@ def _paired_table(experiment: Experiment, arms: Mapping[str, Sequence[Made]]) ->
                 text += f", {found[0] / top[0]:.0%} of the oracle's"
             cells.append(text)
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return [*lines, "", "In brackets the 95 % bootstrap interval over photographs."]
+    return [
+        *lines,
+        "",
+        "In brackets the 95 % bootstrap interval over photographs, and over seeds where there are several.",
+    ]
 
 
 def _verdicts(experiment: Experiment, arms: Mapping[str, Sequence[Made]], best: Mapping[str, str]) -> list[str]:
@@ -185,16 +220,17 @@ def _verdicts(experiment: Experiment, arms: Mapping[str, Sequence[Made]], best: 
     return lines
 
 
-def _arms_table(experiment: Experiment, arms: Mapping[str, Sequence[Made]]) -> list[str]:
+def _cost_table(experiment: Experiment, runs_of: Mapping[str, Sequence[Made]]) -> list[str]:
     lines = [
-        "| arm | what it is | steps | pairs seen | a step, s | its CPU time, s | all steps, CPU h |",
+        "| runs | what they are | steps | pairs seen | a step, s | its CPU time, s | all steps, CPU h |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for arm, runs in arms.items():
-        config, says = runs[0].config, experiment.arms[arm].says
+    for name, runs in runs_of.items():
+        config, says = runs[0].config, {**experiment.first, **experiment.arms}[name].says
+        seen = sum((phase.last - phase.first) * phase.batch for phase in phases(config))
         cpu = statistics.median(made.seconds("cpu_s") for made in runs)
         lines.append(
-            f"| {arm} | {says} | {config.train.steps:,} | {config.train.steps * config.train.batch:,} | "
+            f"| {name} | {says} | {config.train.steps:,} | {seen:,} | "
             f"{statistics.median(made.seconds() for made in runs):.2f} | {cpu:.2f} | "
             f"{cpu * config.train.steps / 3600:.2f} |"
         )

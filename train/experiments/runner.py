@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
+from model.encoder import weights_digest
 from train import ROOT
 from train.checkpoint.folder import Checkpoints
+from train.checkpoint.manifest import read_state
+from train.checkpoint.saved import load_model
 from train.config.file import load_config
-from train.config.identity import deciding
+from train.config.identity import deciding, differences
 from train.config.schema import Config
-from train.config.sources import with_resolved_data
+from train.config.sources import digest_of, open_sets, with_resolved_data
+from train.evaluate.results import read_results
 from train.experiments.plan import Trial
 from train.run.folder import RunFolder
 
-RESULTS = "evaluation"  # folder in a run's folder
+RESULTS = "evaluations/experiment"  # folder in a run's folder, where `sharpprior compare` looks too
 
 
-class StoppedError(Exception):
+class StoppedError(ValueError):
     """A run was asked to stop before its end; given again, the experiment goes on there."""
 
 
@@ -67,18 +75,47 @@ def make(trial: Trial, *, tell: Callable[[str], None] = print) -> None:
 
 
 def _trained(folder: RunFolder, config: Config) -> bool:
-    """Whether the last step is done and saved."""
+    """Whether the last step is done and saved. ValueError where another run is there: other settings, photographs or
+    prior."""
     if not (folder.config.is_file() and folder.started()):
         return False
-    if deciding(with_resolved_data(config)) != deciding(load_config(folder.config)):
+    there = load_config(folder.config)
+    apart = differences(deciding(there), deciding(with_resolved_data(config)))
+    apart += differences(there.eval.model_dump(), config.eval.model_dump(), "eval.")
+    checkpoints = Checkpoints(folder.checkpoints, 1)
+    done = config.train.steps in checkpoints.steps()
+    if done:
+        state = read_state(checkpoints.path(config.train.steps))
+        train, val = open_sets(config)
+        found = {"training photographs": (state.index_digest, digest_of(train))}
+        if val is not None:
+            found["validation photographs"] = (state.val_digest, val.digest)
+        if config.model.prior_from is not None:
+            taken = (state.origins or {}).get("prior", {}).get("digest")
+            found["prior"] = (taken, _prior_digest(config.model.prior_from))
+        apart += [name for name, (was, now) in found.items() if was != now]
+    if apart:
         raise ValueError(
-            f"{folder.path}: holds a run with other settings: choose another --root, or delete that folder"
+            f"{folder.path}: holds a run with other settings ({'; '.join(apart[:3])}): choose another --root, or "
+            "delete that folder"
         )
-    return config.train.steps in Checkpoints(folder.checkpoints, 1).steps()
+    return done
+
+
+@functools.cache
+def _prior_digest(path: str) -> str:
+    """Of the weights of a saved prior, as a run's checkpoints record it of the one that it took."""
+    return weights_digest(load_model(path, torch.device("cpu"))[0].prior)
 
 
 def _scored(folder: RunFolder) -> bool:
-    return (folder.path / RESULTS / "results.json").is_file()
+    """Whether every picture was scored. ValueError where some could not be."""
+    file = folder.path / RESULTS / "results.json"
+    if not file.is_file():
+        return False
+    if failed := read_results(file)["failed"]:
+        raise ValueError(f"{file}: {len(failed)} pictures could not be scored, first {failed[0]['key']}: mend the set")
+    return True
 
 
 def _scores(config: Config) -> bool:
@@ -102,13 +139,14 @@ def submit(trials: Sequence[Trial], *, script: str = "slurm/train_multinode.sh")
     jobs: dict[str, str] = {}
     for trial in trials:
         waits = [f"--dependency=afterok:{jobs[trial.needs]}"] if trial.needs in jobs else []
-        name = ["--parsable", f"--job-name={trial.name}", *waits]
-        _, _, *rest = training_command(trial, ("", ""))
-        config = rest.pop(1)
-        rest.pop(0)
-        done = subprocess.run(
-            ["sbatch", *name, script, config, *rest], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        # The script takes the configuration, then arguments of train/main.py, and the run's folder by environment; it
+        # resumes by itself.
+        own = [each for each in trial.settings if not each.startswith(("run.root=", "run.name="))]
+        settings = [word for setting in own for word in ("--set", setting)]
+        command = ["sbatch", "--parsable", f"--job-name={trial.name}", *waits, script, trial.config, *settings]
+        run = load_config(trial.config, trial.settings).run
+        place = {"RUN_ROOT": str(Path(run.root).absolute()), "RUN_NAME": run.name}
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | place, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(f"sbatch refused {trial.name}: {done.stderr.strip()}")
         jobs[trial.name] = done.stdout.strip().split(";")[0]

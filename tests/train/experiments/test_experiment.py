@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.train.runs import ROOT, TINY, Runs
+from tests.train.small_sets import small_set
 from train.restore.restorer import Restorer
 
 pytestmark = pytest.mark.slow
@@ -84,8 +85,14 @@ def test_an_experiment_that_is_killed_goes_on_and_is_written_up(runs, experiment
     again = run(runs, experiment, "--list")
     assert [line.split(": ")[1] for line in again.splitlines() if "-seed" in line] == ["finished"] * 4
     assert "holds a run with other settings" in run(runs, experiment, "--set", "optim.lr=5e-4", status=1)
+    assert "eval.crop 64 → 96" in run(runs, experiment, "--set", "eval.crop=96", status=1)
     with pytest.raises(ValueError, match="a bound for studies, which restores nothing"):
         Restorer.load(folder / "oracle-seed1", device="cpu")
+    others = small_set(experiment.parent / "others", "train", 3)
+    assert "training photographs" in run(runs, experiment, "--set", f"data.train={others}", status=1)
+    shutil.rmtree(folder / "taught-seed1")
+    said = run(runs, experiment, "--set", "train.ema=0.5", "--arm", "plugged", status=1)
+    assert "plugged-seed1: holds a run with other settings" in said
 
 
 def test_validation_pictures_among_the_training_ones_are_refused(runs, experiment, tmp_path):

@@ -47,6 +47,25 @@ def test_differences_are_of_the_same_picture_and_seed():
     assert paired(one, other[1:], "severe") is None
 
 
+def test_seeds_that_disagree_widen_the_interval():
+    """Two arms that differ by chance, run by run, are not told apart, however many pictures there are."""
+    arm, reference = ([made(name, seed, 0.5 + off) for seed, off in enumerate(offs)] for name, offs in
+                      (("a", (0.05, -0.04, 0.06)), ("b", (0.0, 0.05, -0.03))))  # fmt: skip
+    mean, low, high = paired(arm, reference, "severe")
+    assert mean == pytest.approx((0.05 - 0.09 + 0.09) / 3)
+    assert low < 0 < high
+
+
+def test_other_pictures_under_the_same_names_are_refused():
+    one, other = made("a", 0, 0.5), made("b", 0, 0.5)
+    other.pictures["photo3", "severe"]["input"] = {"psnr": 12.0}
+    with pytest.raises(ValueError, match="scored different pictures"):
+        paired([one], [other], "severe")
+    del other.pictures["photo3", "severe"]
+    with pytest.raises(ValueError, match="scored different pictures"):
+        paired([one], [other], "severe")
+
+
 def test_the_report_says_what_came_out_and_what_is_missing(tmp_path):
     experiment = Experiment(
         title="T", config="base.yaml", seeds=[0, 1], oracle="cheat",
@@ -63,6 +82,7 @@ def test_the_report_says_what_came_out_and_what_is_missing(tmp_path):
     assert "+0.400 (+0.400 … +0.400), 20% of the oracle's" in text
     assert "| bare | 2 | +0.255 ± 0.007 |" in text
     assert "| taught | a prior | 4 | 8 | 2.00 | 0.50 | 0.00 |" in text
+    assert "## Runs" in text
     assert (tmp_path / "t.png").stat().st_size > 10_000
 
 
