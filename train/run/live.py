@@ -79,11 +79,15 @@ class LivePage:
                 log.warning("%s: cannot be written (%s): training goes on without it", path, error.strerror or error)
 
     def _panel(self) -> np.ndarray | None:
-        """The panel of an earlier evaluation: a run that goes on has no other pictures until its next one."""
+        """The panel of an earlier evaluation: a run that goes on has no other pictures until its next one. None where
+        it cannot be read: a page without it is no reason to stop training."""
         if not self._folder.panel.is_file():
             return None
-        with Image.open(self._folder.panel) as picture:
-            return np.asarray(picture.convert("RGB"))
+        try:
+            with Image.open(self._folder.panel) as picture:
+                return np.asarray(picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError):  # cut short, or not a picture
+            return None
 
 
 class Thinned:

@@ -139,14 +139,19 @@ def _tier_cells(row: Record, yardsticks: Sequence[str]) -> list[str]:
     return [*map(str, cells), " → ".join(_told(row.get(f"{name}_ssim"), ".4f") for name in ("input", "restored"))]
 
 
+NO_PARTS = {
+    *("step", "loss", "lr", "grad_norm", "loss_scale", "shares", "wait_share", "seconds", "cpu_s"),
+    *("pairs_per_s", "tflops", "mfu"),
+}  # what a step's record says beside the parts of its loss
+
+
 def _losses(page: Page, steps: Sequence[Record], every: int) -> None:
     page.heading("Losses")
     xs, losses = _column(steps, "loss")
     which = "every logged step" if every == 1 else f"one of {every} logged steps"
     lines = [Series(which, *_envelope(xs, losses), style="faint"), Series("running median", *_median(xs, losses))]
     page.chart(lines, x="step", y="loss", log=bool(losses) and min(losses) > 0)
-    told = {"step", "loss", "lr", "grad_norm", "wait_share", "seconds", "pairs_per_s", "tflops", "mfu", "loss_scale"}
-    names = list(dict.fromkeys(name for record in steps for name in record if name not in told | {"shares"}))
+    names = list(dict.fromkeys(name for record in steps for name in record if name not in NO_PARTS))
     parts = [Series(name, *_median(*_column(steps, name))) for name in names]
     values = [value for part in parts for value in part.y]
     page.chart(parts, x="step", y="parts of the loss, running median", log=bool(values) and min(values) > 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from data.files import replacing
 from train.config.schema import Config
 from train.evaluate.report import draw_curve, draw_panel, draw_similarity, tier_lines, write_report
 from train.evaluate.scores import Evaluation
@@ -126,7 +127,8 @@ class Records:
         from PIL import Image
 
         records, folder = self.folder.read_metrics(), self.folder
-        Image.fromarray(draw_panel(evaluation.pictures)).save(folder.panel)
+        with replacing(folder.panel, durable=False) as temporary:
+            Image.fromarray(draw_panel(evaluation.pictures)).save(temporary, "PNG")
         draw_curve(records, folder.curve)
         draw_similarity(records, folder.path / "similarity.png")
         first = next((record for record in records if record["step"] == 0 and "similarity" in record), {})

@@ -24,7 +24,7 @@ def tier(name: str, over: float, low: float | None, high: float | None, gain: fl
 
 
 def step(n: int, loss: float = 1.0) -> dict:
-    return {"step": n, "loss": loss, "pixel": loss / 2, "lr": 1e-3, "grad_norm": 2.0, "wait_share": 0.1, "seconds": 0.5,
+    return {"step": n, "loss": loss, "pixel": loss / 2, "lr": 1e-3, "grad_norm": 2.0, "wait_share": 0.1, "seconds": 0.5, "cpu_s": 0.4,
             "pairs_per_s": 8.0, "shares": {"backbone": 0.7, "rest": 0.3}}  # fmt: skip
 
 
@@ -85,6 +85,7 @@ def test_a_page_has_everything_that_was_recorded():
     ):  # fmt: skip
         assert wanted in text, wanted
     assert "student alone" not in text  # it was not measured
+    assert "cpu_s" not in text  # no part of the loss
     ended = text_of(records, live=False)
     assert '<meta http-equiv="refresh"' not in ended
     assert "of steps left" not in ended
@@ -162,6 +163,11 @@ def test_an_evaluation_is_shown_at_once_and_kept_for_a_run_that_goes_on(page, tm
     going_on.add(step(2))
     text = (tmp_path / "report.html").read_text()
     assert "of an evaluation before the run went on" in text
+    panel = (tmp_path / "panel.png").read_bytes()
+    for damaged in (panel[:200], panel[:-300], b"no picture", panel[:60] + bytes(40) + panel[100:]):
+        (tmp_path / "panel.png").write_bytes(damaged)
+        LivePage(RunFolder(tmp_path), CONFIG, 1, lambda records: {}).add(step(2))  # a page is no reason to stop
+    assert "step 2 of 100" in (tmp_path / "report.html").read_text()
 
 
 def test_a_run_says_how_it_ended_and_one_that_did_nothing_leaves_its_page(page, tmp_path):
