@@ -24,8 +24,8 @@ def tier(name: str, over: float, low: float | None, high: float | None, gain: fl
 
 
 def step(n: int, loss: float = 1.0) -> dict:
-    return {"step": n, "loss": loss, "pixel": loss / 2, "lr": 1e-3, "grad_norm": 2.0, "wait_share": 0.1, "seconds": 0.5, "cpu_s": 0.4,
-            "pairs_per_s": 8.0, "shares": {"backbone": 0.7, "rest": 0.3}}  # fmt: skip
+    return {"step": n, "loss": loss, "pixel": loss / 2, "lr": 1e-3, "grad_norm": 2.0, "wait_share": 0.1, "seconds": 0.5,
+            "cpu_s": 0.4, "pairs_per_s": 8.0, "shares": {"backbone": 0.7, "rest": 0.3}}  # fmt: skip
 
 
 def evaluation() -> Evaluation:
