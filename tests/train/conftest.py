@@ -21,7 +21,7 @@ def unbroken(runs) -> str:
     return "unbroken"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Browser]:
-    """A headless Chromium."""
+    """A headless Chromium, which takes part of a core as long as it runs: not longer than a file's tests."""
     yield from started(tmp_path_factory.mktemp("browser"))
