@@ -20,7 +20,7 @@ from data.errors import DataError
 from data.files import replacing
 from model.pretrained import WEIGHTS
 from model.summary import summarize
-from train.checkpoint.saved import describe, load_model, loss_state
+from train.checkpoint.saved import describe, load_model, loss_state, refuse_oracle
 from train.config.identity import git_commit, versions
 from train.config.schema import Config
 from train.engine.precision import keep_depthwise_in_fp32, with_precision
@@ -89,7 +89,13 @@ class Evaluating:
         precision = how.precision or ("bf16" if model.config.engine.precision == "bf16" else "fp32")
         if precision not in PRECISIONS:
             raise ValueError(f"--precision {precision}: one of {', '.join(PRECISIONS)}")
-        names = metric_names("full")
+        names, state = (
+            metric_names("full"),
+            loss_state(model.source) if pairs.whole and model.config.model.prior else None,
+        )
+        if state is None:  # without a teacher it would restore blind, by a prior that was never trained
+            what = "evaluate its run or checkpoint on validation crops, whose sharp pictures its teacher sees"
+            refuse_oracle(model.config.model.oracle, model.source, what)
         self.model, self.pairs, self.folder, self._how = model, pairs, folder, how
         self.settings = {
             "tile": "whole" if pairs.whole else how.tile,
@@ -105,7 +111,7 @@ class Evaluating:
         self.book = Book(folder, identity, pairs.items, rank=how.rank, world=how.world, overwrite=overwrite)
         keep_depthwise_in_fp32(model.network, with_precision(model.config, precision).engine, device)
         task = None
-        if pairs.whole and model.config.model.prior and (state := loss_state(model.source)):
+        if state is not None:
             task = DeblurTask(model.config, device)
             task.load_state_dict(state)
         auto, tile = how.tile == "auto" and not pairs.whole, default_tile(model.config)
@@ -193,6 +199,7 @@ def _model_facts(network: torch.nn.Module, config: Config, source: Path) -> dict
         "digest": _file_digest(source if source.is_file() else source / WEIGHTS),
         "backbone": str(backbone.get("name", backbone)) if isinstance(backbone, dict) else str(backbone),
         "prior": config.model.prior,
+        "oracle": config.model.oracle,
         "parameters": counts.parameters,
         "macs at 256×256": counts.macs,
         "training data": [each.path for each in trained] if trained else "not recorded with the model",

@@ -11,6 +11,7 @@ from train.evaluate.summary import groups
 Results = Mapping[str, Any]
 FEW = 8  # scenes
 HARM = -0.1  # dB on the identity tier that are worth a word
+ORACLE = "oracle: reads the sharp picture; a bound, no method"
 NAMES = {
     INPUT: "the blurry input",
     "gaussian": "Gaussian smoothing",
@@ -34,6 +35,8 @@ def headline(results: Results) -> tuple[str, str]:
         said, mood = "WORSE than what needs no model", "bad"
     else:
         said, mood = "not to be told from what needs no model", "warning"
+    if results["model"].get("oracle"):
+        said, mood = f"{said}; of an {ORACLE}", "warning"
     text = (
         f"{results['data']['set']}, {group(row)} ({count(row['pictures'], 'picture')} of "
         f"{count(row['scenes'], 'scene')}): {value}, {over} over the best trivial "
@@ -51,6 +54,8 @@ def warnings(results: Results) -> list[str]:
             f"INCOMPLETE: {len(failed)} of {len(pictures) + len(failed)} pictures could not be evaluated and are in no "
             f"mean; first {failed[0]['key']}: {failed[0]['why']}"
         )
+    if results["model"].get("oracle"):
+        lines.append(f"{ORACLE[0].upper()}{ORACLE[1:]}.")
     if data["pairs"] < data["of"]:
         lines.append(f"A part of the set: {data['pairs']} of {data['of']} pairs, drawn over the scenes by hash.")
     if data["released"] and data["of"] != data["released"]:
@@ -89,7 +94,7 @@ def facts(results: Results) -> dict[str, str]:
     tile = settings["tile"]
     return {
         "model": f"{model['name']} ({model['path']})",
-        "network": f"{model['backbone']}{' with the prior' if model['prior'] else ', no prior'}, "
+        "network": f"{model['backbone']}{_prior(model)}, "
         f"{model['parameters'] / 1e6:.2f} M parameters, {model['macs at 256×256'] / 1e9:.2f} GMACs at 256×256",
         "training data": ", ".join(trained) if isinstance(trained, list) else trained,
         "training blur": str(model["training blur"]),
@@ -105,6 +110,12 @@ def facts(results: Results) -> dict[str, str]:
         "code": results["versions"]["sharpprior"],
         "weights": model["digest"],
     }
+
+
+def _prior(model: Mapping[str, Any]) -> str:
+    if model.get("oracle"):
+        return f" as an {ORACLE}"
+    return " with the prior" if model["prior"] else ", no prior"
 
 
 def gain_table(results: Results) -> tuple[list[str], list[list[str]]]:
