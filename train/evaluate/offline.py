@@ -89,10 +89,8 @@ class Evaluating:
         precision = how.precision or ("bf16" if model.config.engine.precision == "bf16" else "fp32")
         if precision not in PRECISIONS:
             raise ValueError(f"--precision {precision}: one of {', '.join(PRECISIONS)}")
-        names, state = (
-            metric_names("full"),
-            loss_state(model.source) if pairs.whole and model.config.model.prior else None,
-        )
+        names = metric_names("full")
+        state = loss_state(model.source) if pairs.whole and model.config.model.prior else None
         if state is None:  # without a teacher it would restore blind, by a prior that was never trained
             what = "evaluate its run or checkpoint on validation crops, whose sharp pictures its teacher sees"
             refuse_oracle(model.config.model.oracle, model.source, what)
@@ -108,7 +106,9 @@ class Evaluating:
         tested = {name: pairs.facts[name] for name in ("layout", "split", "blur variant", "pairs", "of")}
         identity = {"model": model.facts["digest"], "data": tested | {"digest": pairs.digest}}
         identity |= {"settings": self.settings, "versions": self.versions}
-        self.book = Book(folder, identity, pairs.items, rank=how.rank, world=how.world, overwrite=overwrite)
+        self.book = Book(
+            folder, identity, pairs.items, rank=how.rank, world=how.world, overwrite=overwrite, content=pairs.content
+        )
         keep_depthwise_in_fp32(model.network, with_precision(model.config, precision).engine, device)
         task = None
         if state is not None:
@@ -132,12 +132,15 @@ class Evaluating:
         self.device = device
 
     def todo(self) -> list[Item]:
-        """What is left of this process's share."""
-        return self.book.share(self._how.world)
+        """What is left of this process's share; with `save` also pictures that were measured before and not kept."""
+        left = {item.key for item in self.book.share(self._how.world)}
+        mine = self.pairs.items[self._how.rank :: self._how.world]
+        return [each for each in mine if each.key in left or (self._how.save and not self._kept(each).exists())]
 
     def run(self, on_picture: Callable[[Item, str | None], None] = lambda item, why: None) -> int:
         """Restore and measure what is left of the share, each picture's record on the disk before `on_picture(item, why
-        it failed)` is told. Returns how many were done. A picture that does not read is recorded, and the rest go on.
+        it failed)` is told. Returns how many were done. One that does not read, or that no metric takes, is recorded
+        as failed, and the rest go on.
         """
         todo = self.todo()
         with contextlib.ExitStack() as stack:
@@ -148,7 +151,11 @@ class Evaluating:
 
             def write() -> None:
                 item, record, futures = waiting.popleft()
-                self.book.add(item, with_aligned(record, {name: each.result() for name, each in futures.items()}))
+                try:
+                    record = with_aligned(record, {name: each.result() for name, each in futures.items()})
+                except ValueError as error:
+                    record = _failed(item, error)
+                self.book.add(item, record)
                 on_picture(item, record.get("failed"))
 
             for item in todo:
@@ -165,8 +172,9 @@ class Evaluating:
         try:
             pair = self.pairs.read(item)
             record, pictures = self.measuring.picture(pair, item.tier, crop=self.pairs.whole)
-        except DataError as error:
-            return item, {"failed": str(error)}, {}
+            record |= {"content": pair.content} if pair.content else {}
+        except ValueError as error:  # one that no metric takes, as of 8 px, must not end the others
+            return item, _failed(item, error), {}
         if self._how.save:
             self._keep(item, pictures[RESTORED])
         if pool is None:
@@ -178,11 +186,19 @@ class Evaluating:
         """A pair's restored picture, uint8 [3, H, W]."""
         return self.measuring.crop(pair)[0] if self.pairs.whole else self.measuring.restore(pair.blurry)[0]
 
+    def _kept(self, item: Item) -> Path:
+        return self.folder / "restored" / f"{item.key.replace('/', '-')}.png"
+
     def _keep(self, item: Item, restored: Tensor) -> None:
-        folder = self.folder / "restored"
-        folder.mkdir(exist_ok=True)
-        with replacing(folder / f"{item.key.replace('/', '-')}.png", durable=False) as path:
+        file = self._kept(item)
+        file.parent.mkdir(exist_ok=True)
+        with replacing(file, durable=False) as path:
             Image.fromarray(as_picture(restored)).save(path, format="PNG")
+
+
+def _failed(item: Item, error: ValueError) -> dict[str, Any]:
+    """Why a picture has no numbers; errors of data name their file."""
+    return {"failed": str(error) if isinstance(error, DataError) else f"{item.key}: {error}"}
 
 
 def _model_facts(network: torch.nn.Module, config: Config, source: Path) -> dict[str, Any]:

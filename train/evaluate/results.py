@@ -53,7 +53,7 @@ def build(
         if "failed" in record:
             failed.append({"key": record["key"], "scene": record["scene"], "why": record["failed"]})
             continue
-        picture = {name: value for name, value in record.items() if name != "stamp"}
+        picture = {name: value for name, value in record.items() if name not in ("stamp", "content")}
         picture["tier"] = picture["tier"] or bin_of(picture["input"][headline])
         pictures.append(picture)
     if not pictures:

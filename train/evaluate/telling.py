@@ -64,7 +64,7 @@ def warnings(results: Results) -> list[str]:
     if tiled:
         number = "All pictures" if tiled == len(pictures) else f"{tiled} of {len(pictures)} pictures"
         lines.append(f"{number} were restored in tiles; published numbers are of whole pictures.")
-    lines += few_scenes(results["tiers"][-1]["scenes"])
+    lines += unknown_scenes(data) + few_scenes(results["tiers"][-1]["scenes"])
     still = next((row for row in results["tiers"] if row["tier"] == "identity"), None)
     if still is not None and still["gain"] < HARM:
         lines.append(f"Pictures that are not blurred LOSE by it: {gain(still, 'gain')} on the identity tier.")
@@ -72,7 +72,7 @@ def warnings(results: Results) -> list[str]:
     if lost:
         lines.append(
             f"The alignment found no transform {count(len(lost), 'time')} ({lost.count('restored')} of restored "
-            "pictures); those were measured as they are, as the official script does."
+            "pictures); those were measured as they are, scaled but not moved: the official script stops there."
         )
     return lines
 
@@ -84,6 +84,17 @@ def few_scenes(scenes: int) -> list[str]:
     return [
         f"Few scenes ({scenes}): intervals from a bootstrap over fewer than {FEW} are too narrow; trust none that "
         "barely leaves 0."
+    ]
+
+
+def unknown_scenes(data: Mapping[str, Any]) -> list[str]:
+    """A line where nothing says which pictures are of one video or place."""
+    if not data.get("scenes unknown"):
+        return []
+    number = "all" if data["scenes unknown"] == data["pairs"] else data["scenes unknown"]
+    return [
+        f"Scenes are not known of {number} of {data['pairs']} pictures: each counts as a scene of its own, and where "
+        "they share videos or places the intervals are too narrow."
     ]
 
 

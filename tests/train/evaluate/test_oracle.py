@@ -98,7 +98,7 @@ def test_no_program_is_made_of_it(oracle, tmp_path):
     for kind, suffix in SUFFIXES.items():
         with pytest.raises(ValueError, match=f"an oracle, .*--format {kind}"):
             export_program(oracle, tmp_path / f"x{suffix}", kind)
-    with pytest.raises(ValueError, match="an oracle, .*--format spandrel"):
+    with pytest.raises(ValueError, match=r"an oracle, .*--format spandrel"):
         export_model(oracle, tmp_path / "x.safetensors", which="latest", dtype="fp32", overwrite=False, spandrel=True)
     assert load_model(oracle, CPU)[1].model.oracle
 
