@@ -108,14 +108,16 @@ class Measuring:
             likeness = {}
         self._wait()
         seconds = time.perf_counter() - started
-        made = self._yardsticks.apply(pair.blurry.to(self.device), tier, pair.kernel)
+        before = self.measure(pair.blurry, pair.sharp)
+        known = {"input_psnr": before["psnr"]} if "psnr" in before else {}
+        made = self._yardsticks.apply(pair.blurry.to(self.device), tier, pair.kernel, **known)
         record = {
             "extent": pair.extent if math.isfinite(pair.extent) else None,
             "width": pair.sharp.shape[-1],
             "height": pair.sharp.shape[-2],
             "tiles": tiles,
             "seconds": round(seconds, 4),
-            "input": self.measure(pair.blurry, pair.sharp),
+            "input": before,
             "restored": self.measure(restored, pair.sharp),
             "yardsticks": {name: self.measure(image, pair.sharp) for name, image in made.items()},
         }

@@ -34,6 +34,7 @@ from train.evaluate.results import build, metric_facts, seal, write_tables
 from train.evaluate.scores import INPUT
 from train.evaluate.showing import chosen_to_show, shown_pictures, write_markdown, write_page, write_panel
 from train.evaluate.summary import ALIGNED
+from train.evaluate.yardsticks import FORMAT
 from train.objective.task import DeblurTask
 from train.restore.names import find_model
 from train.restore.tiles import default_tile
@@ -102,7 +103,7 @@ class Evaluating:
             "alignment": "RealBlur (ECC homography)" if pairs.aligned else "none",
         }
         computing = {name: number for name, number in versions().items() if name in ("torch", "timm", "numpy")}
-        self.versions = {"sharpprior": git_commit() or "not in git", **computing}
+        self.versions = {"sharpprior": git_commit() or "not in git", "yardsticks": FORMAT, **computing}
         tested = {name: pairs.facts[name] for name in ("layout", "split", "blur variant", "pairs", "of")}
         identity = {"model": model.facts["digest"], "data": tested | {"digest": pairs.digest}}
         identity |= {"settings": self.settings, "versions": self.versions}

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_atomically
+from train.evaluate.bins import bin_of
 from train.evaluate.book import RESULTS
 from train.evaluate.metrics import METRICS
-from train.evaluate.summary import ALIGNED, bin_of, summarise
+from train.evaluate.summary import ALIGNED, summarise
 
 FORMAT, VERSION = "sharpprior-results", 1
 RULES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.blur import TIERS
 from train.evaluate.scores import INPUT, TRIVIAL
 from train.evaluate.summary import groups
 
@@ -239,6 +240,10 @@ def markdown(results: Results, *, title: str, panel: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+RECORDED = (
+    "Of recorded pairs nobody knows the tier: smoothing and sharpening have what is best for the training pairs of the "
+    "same bin of input PSNR (before any alignment), which needs the sharp picture and is known in evaluation alone."
+)
 BOUND = (
     "A bound and no rival: on the pictures whose blur is one kernel everywhere, deconvolution that is told it, as no "
     "restoration of a photograph is."
@@ -255,6 +260,7 @@ def explanation(results: Results) -> str:
         "Gains are means of paired differences. In brackets: 95 % bootstrap interval over scenes (videos, places or "
         "photographs), each drawn with all its pictures, because pictures of one scene resemble each other. The best "
         f"trivial is whichever of {', '.join(NAMES[name] for name in TRIVIAL)} has the highest mean in that row."
+        + (f" {RECORDED}" if any(each["tier"] not in TIERS for each in results["pictures"]) else "")
     )
 
 

@@ -99,6 +99,16 @@ def test_restored_pictures_are_kept_of_a_finished_evaluation_too(model, tmp_path
     assert evaluating(model, root, out).todo() == []
 
 
+def test_recorded_pairs_are_told_how_their_yardsticks_were_chosen(model, tmp_path):
+    evaluation = evaluating(model, pairs_tree(tmp_path / "p", 2), tmp_path / "o")
+    evaluation.run()
+    results = finish(evaluation)
+    assert "same bin of input PSNR" in telling.explanation(results)
+    for picture in results["pictures"]:
+        picture["tier"] = "severe"
+    assert "bin of input PSNR" not in telling.explanation(results)
+
+
 def test_scenes_that_nobody_knows_are_told(model, tmp_path):
     root = pairs_tree(tmp_path / "p", 2)
     evaluation = evaluating(model, root, tmp_path / "o")
