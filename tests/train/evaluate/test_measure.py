@@ -63,8 +63,6 @@ def test_a_picture_without_a_tier_is_smoothed_by_the_bin_of_its_input():
         yardsticks = Yardsticks(settings | {name: 4.0}, {"all": (1.0, 0.0)})
         measuring = Measuring(Brighter(0.0), CPU, names=("psnr",), yardsticks=yardsticks)
         record, _ = measuring.picture(pair(), "", crop=False)
-            pair(), "", crop=False
-        )
         assert (record["yardsticks"]["gaussian"] != record["input"]) == gains
 
 
