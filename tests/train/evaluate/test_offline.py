@@ -2,6 +2,7 @@
 
 import os
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -107,6 +108,21 @@ def test_recorded_pairs_are_told_how_their_yardsticks_were_chosen(model, tmp_pat
     for picture in results["pictures"]:
         picture["tier"] = "severe"
     assert "bin of input PSNR" not in telling.explanation(results)
+
+
+def test_where_no_alignment_is_found_the_report_does_not_lean_on_the_official_script(model, tmp_path):
+    """Its formulas raise there: such numbers are ours alone."""
+    flat, textured = np.full((40, 50), 0.5, np.float32), np.random.default_rng(0).random((40, 50), np.float32)
+    criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 0)
+    with pytest.raises(cv2.error):
+        cv2.findTransformECC(flat, textured, np.eye(3, dtype=np.float32), cv2.MOTION_HOMOGRAPHY, criteria, None, 5)
+    evaluation = evaluating(model, pairs_tree(tmp_path / "p", 2), tmp_path / "o")
+    evaluation.run()
+    results = finish(evaluation)
+    results["pictures"][0]["not aligned"] = ["input", "restored"]
+    (line,) = [line for line in telling.warnings(results) if "alignment" in line]
+    assert "no transform 2 times (1 of restored pictures)" in line
+    assert "not moved: the official script stops there" in line
 
 
 def test_scenes_that_nobody_knows_are_told(model, tmp_path):
