@@ -13,11 +13,11 @@ Scene = Callable[[Path, str], str]
 
 
 def own_scene(path: Path, key: str) -> str:
-    """Of folders of pairs: the video or scene that re-packs of GoPro and RealBlur keep in names, else the folder, else
-    the picture itself."""
-    named = re.match(r"(GOPR\d+(?:_\d+)*|scene\d+)[-_]", path.name)
+    """Of folders of pairs: the video or scene that re-packs of GoPro, RealBlur and HIDE keep in names, else the folder,
+    else the picture itself: its key."""
+    named = re.match(r"(GOPR\d+(?:_\d+)*|scene\d+)[-_]|\d+from(.+)$", path.stem)
     if named is not None:
-        return named[1]
+        return named[1] or named[2]
     return key if path.parent.name.lower() in ROLES else path.parent.name
 
 

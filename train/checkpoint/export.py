@@ -18,7 +18,8 @@ from model.pretrained import (
 )
 from train.checkpoint.manifest import MANIFEST
 from train.checkpoint.plug import part_state
-from train.checkpoint.saved import model_folder
+from train.checkpoint.saved import model_folder, refuse_oracle
+from train.config.file import build_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,6 +46,8 @@ def export_model(
         state = load_state(source)
     state |= {name: value.to(DTYPES[dtype]) for name, value in state.items() if value.is_floating_point()}
     config = load_config(source)
+    if spandrel:
+        refuse_oracle(build_config(config).model.oracle, source, "--format spandrel makes no file of it")
     if isinstance(config.get("checkpoint"), dict):  # where a run's copies go is nobody else's business
         config["checkpoint"].pop("copy_to", None)
     if spandrel:

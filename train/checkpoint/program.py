@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from data.files import write_atomically
 from kernels.routes import composed
 from model.deblurrer import Deblurrer
-from train.checkpoint.saved import load_model
+from train.checkpoint.saved import load_model, refuse_oracle
 from train.config.patches import largest_crop
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
@@ -96,6 +96,7 @@ def export_program(run: Path, out: Path, kind: str, *, which: str = "latest", ov
     if out.exists() and not overwrite:
         raise ValueError(f"{out}: exists: choose another place, or --overwrite")
     network, config, source = load_model(run, torch.device("cpu"), which)
+    refuse_oracle(config.model.oracle, source, f"--format {kind} makes no program of it")
     facts = {
         "multiple": str(network.multiple),
         "crop": str(largest_crop(config)),

@@ -69,6 +69,15 @@ def load_model(path: str | Path, device: torch.device, which: str = "latest") ->
     return network.to(device).eval(), config, folder
 
 
+def refuse_oracle(oracle: bool, source: Path, more: str = "") -> None:
+    """ValueError for `model.oracle`, with what was asked of it or what to do: who restores lacks the sharp picture."""
+    if oracle:
+        raise ValueError(
+            f"{source}: an oracle, which reads a teacher's features of the sharp picture (model.oracle): a bound for "
+            f"studies, which restores nothing{more and f'; {more}'}"
+        )
+
+
 def loss_state(folder: Path) -> dict | None:
     """The measured feature statistics beside a checkpoint's model; None for an exported model."""
     path = folder / "loss.pt"

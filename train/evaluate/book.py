@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ class Book:
 
     identity: what decides the numbers (model, data, settings, code). A folder that holds measurements of another
     identity is refused, naming the differences; `overwrite` begins anew, which several ranks cannot agree on by
-    themselves. ValueError, OSError.
+    themselves. content: a digest of an item's files, read where their stamp is not the recorded one, as of a copy:
+    the same content was measured before, whatever its date. ValueError, OSError.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class Book:
         rank: int,
         world: int,
         overwrite: bool,
+        content: Callable[[Item], str] = lambda item: "",
     ) -> None:
         self.folder, self.items, self._rank = folder, list(items), rank
+        self._content = cache(content)
         if overwrite and world > 1:
             raise ValueError(f"--overwrite with {world} ranks: remove {folder} first, then start them without it")
         foreign = (folder / "report.md").exists() and not (folder / SETTINGS).exists()
@@ -80,16 +84,21 @@ class Book:
 
     def records(self) -> dict[str, dict[str, Any]]:
         """The newest record of every picture, in the list's order; of failed ones {key, failed: why}."""
-        stamps = {item.key: item.stamp for item in self.items}
+        items = {item.key: item for item in self.items}
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("pictures-rank-*.jsonl")):
             for record in _lines(path):
                 key = record.get("key")
-                if stamps.get(key) != record.get("stamp"):
+                if key not in items or not self._same(items[key], record):
                     continue  # of a file that was replaced since
                 if "failed" not in record or "failed" in found.get(key, {"failed": ""}):
                     found[key] = record
         return {item.key: found[item.key] for item in self.items if item.key in found}
+
+    def _same(self, item: Item, record: Mapping[str, Any]) -> bool:
+        if item.stamp == record.get("stamp"):
+            return True
+        return bool(record.get("content")) and record["content"] == self._content(item)
 
     def add(self, item: Item, record: Mapping[str, Any]) -> None:
         """Write a picture's record to the disk before the next one is begun."""

@@ -14,7 +14,7 @@ from train.config.file import configure
 from train.config.schema import Config
 from train.config.sources import BUNDLED
 from train.evaluate.training_pairs import training_moments, training_pairs
-from train.evaluate.yardsticks import Yardsticks, choose, fit_deconvolution, known_kernel
+from train.evaluate.yardsticks import OutdatedError, Yardsticks, choose, fit_deconvolution, known_kernel
 
 FILE = "yardsticks.json"  # in a run's folder, and in an evaluation's
 CROP = 256  # px of the bundled photographs, which are 512 px a side
@@ -28,14 +28,20 @@ def yardsticks_of(
 
     A run's own are taken from its folder; an exported model's are chosen on the bundled training photographs with the
     model's blur. deconvolution: with those that are told the kernel. Kept in `folder`, so that an evaluation that goes
-    on has the same ones. ValueError for a damaged file.
+    on has the same ones. A run's that an older version wrote are not taken: it is as an exported model then. ValueError
+    for a damaged file.
     """
     run = next((path.parent for path in source.parents if path.name == "checkpoints"), None)
-    own = run is not None and (run / FILE).is_file()
-    said = "training pairs of the run" if own else f"bundled photographs, blur {config.blur.preset}"
+    found, said = None, f"bundled photographs, blur {config.blur.preset}"
+    if run is not None and (run / FILE).is_file():
+        try:
+            found, said = Yardsticks.load(run / FILE), "training pairs of the run"
+        except OutdatedError:
+            said += " (the run's are of an older version)"
     if (folder / FILE).is_file():
         return Yardsticks.load(folder / FILE), said
-    found = Yardsticks.load(run / FILE) if own else _of_bundled(config.blur.model_dump_json())
+    if found is None:
+        found = _of_bundled(config.blur.model_dump_json())
     if deconvolution:
         known = (pair for pair in training_pairs(*_bundled(config.blur)) if known_kernel(pair) is not None)
         found = fit_deconvolution(found, islice(known, KERNELS), device)

@@ -12,7 +12,7 @@ from train.config.identity import differences
 from train.evaluate.book import RESULTS
 from train.evaluate.results import read_results
 from train.evaluate.summary import groups, interval
-from train.evaluate.telling import few_scenes
+from train.evaluate.telling import ORACLE, few_scenes, unknown_scenes
 
 SAME = 1e-6  # dB by which the input's PSNR may differ on another machine: the sum of squares is exact
 
@@ -98,6 +98,7 @@ def compare(loaded: Sequence[Loaded]) -> Comparison:
     metrics = {
         name: m for name, m in first.results["metrics"].items() if all(name in e.results["metrics"] for e in loaded)
     }
+    notes += [f"{each.name}: {ORACLE}" for each in loaded if each.results["model"].get("oracle")]
     for each in loaded:
         alone = [name for name in each.results["metrics"] if name not in metrics]
         if alone:
@@ -112,7 +113,9 @@ def compare(loaded: Sequence[Loaded]) -> Comparison:
         row = {name: [_difference(name, metrics[name], some, tables[0], table) for table in tables] for name in metrics}
         inputs = {name: float(np.mean([picture["input"][name] for picture in pictures])) for name in metrics}
         rows.append(Row(tier, len(some), len({picture["scene"] for picture in pictures}), inputs, row))
-    return Comparison(list(loaded), metrics, rows, notes + few_scenes(rows[-1].scenes))
+    return Comparison(
+        list(loaded), metrics, rows, notes + unknown_scenes(first.results["data"]) + few_scenes(rows[-1].scenes)
+    )
 
 
 def _difference(

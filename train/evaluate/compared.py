@@ -52,7 +52,7 @@ def said(comparison: Comparison) -> list[tuple[str, str]]:
         lines.append(
             (
                 f"{each.name}: {known['label']} {change(found, known)} against {comparison.loaded[0].name} on "
-                f"{count(row.pictures, 'picture')} of {count(row.scenes, 'scene')}, better on "
+                f"{of_row(row)}, better on "
                 f"{100 * found.wins:.0f}\u00a0% of them ({verdict}).",
                 mood,
             )
@@ -69,8 +69,8 @@ def markdown(comparison: Comparison) -> str:
     """compare.md."""
     parts = [f"# {title(comparison)}", *(line for line, _ in said(comparison))]
     parts += [f"**{note}**" for note in comparison.notes]
-    parts += ["## Means", markdown_table(*means_table(comparison, "**{}**"))]
-    parts += ["## Paired differences", markdown_table(*difference_table(comparison))]
+    parts += [f"## Means: {of_row(comparison.rows[-1])}", markdown_table(*means_table(comparison, "**{}**"))]
+    parts += [f"## Paired differences: {of_row(comparison.rows[-1])}", markdown_table(*difference_table(comparison))]
     parts += ["## By tier", markdown_table(*tier_table(comparison)), explanation(comparison)]
     return "\n\n".join(parts) + "\n"
 
@@ -79,7 +79,7 @@ def means_table(comparison: Comparison, best: str = "{}") -> tuple[list[str], li
     """(heads, rows): means of every metric on the headline's row, of the blurry input and of every evaluation; the best
     of them, which may be the input, through `best`."""
     row = comparison.rows[-1]
-    heads = ["model", *(f"{m['label']} {_arrow(m)}" for m in comparison.metrics.values())]
+    heads = [f"model, {_group(row)}", *(f"{m['label']} {_arrow(m)}" for m in comparison.metrics.values())]
     columns = []
     for name, metric in comparison.metrics.items():
         values = [round(value, metric["digits"]) for value in (row.input[name], *(f.mean for f in row.metrics[name]))]
@@ -93,7 +93,7 @@ def means_table(comparison: Comparison, best: str = "{}") -> tuple[list[str], li
 def difference_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """(heads, rows): paired differences to the first evaluation on the headline's row, a row a metric."""
     row, names = comparison.rows[-1], [each.name for each in comparison.loaded]
-    heads = ["metric", *(f"{name} minus {names[0]}" for name in names[1:])]
+    heads = [f"metric, {_group(row)}", *(f"{name} minus {names[0]}" for name in names[1:])]
     rows = [
         [f"{metric['label']} {_arrow(metric)}", *(change(found, metric) for found in row.metrics[name][1:])]
         for name, metric in comparison.metrics.items()
@@ -134,7 +134,7 @@ def latex(comparison: Comparison) -> str:
     marks = {"↑": r"$\uparrow$", "↓": r"$\downarrow$"}
     columns = [escape(head[:-2]) + " " + marks[head[-1]] for head in heads[1:]]
     columns.append(rf"$\Delta${escape(known['label'])} [95\,\% CI]")
-    lines = [f"% {line}" for line in (title(comparison), *comparison.notes)]
+    lines = [f"% {line}" for line in (title(comparison), of_row(row), *comparison.notes)]
     lines += [f"% {each.name}: {each.results['model']['digest']}, {each.path}" for each in comparison.loaded]
     lines += [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule"]
     lines += [" & ".join(["Method", *columns]) + r" \\", r"\midrule"]
@@ -144,9 +144,8 @@ def latex(comparison: Comparison) -> str:
         lines.append(" & ".join([*texts, _interval(found, known) if found else "--"]) + r" \\")
     notes = "; ".join(f"{m['label']}: {m['note']}" for m in comparison.metrics.values())
     caption = (
-        f"{data['set']}, {data['split']} ({data['blur variant']}), {count(row.pictures, 'picture')} of "
-        f"{count(row.scenes, 'scene')}. Difference to {comparison.loaded[0].name}: paired, with a bootstrap interval "
-        f"over scenes. {notes}."
+        f"{data['set']}, {data['split']} ({data['blur variant']}), {of_row(row)}. Difference to "
+        f"{comparison.loaded[0].name}: paired, with a bootstrap interval over scenes. {notes}."
     )
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{escape(caption)}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
@@ -167,6 +166,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         ],
         "data": comparison.loaded[0].results["data"],
         "metrics": comparison.metrics,
+        "headline": {"tier": comparison.rows[-1].tier, "metric": headline_metric(comparison)},
         "notes": comparison.notes,
         "tiers": [
             {
@@ -199,9 +199,12 @@ def write_page(path: Path, comparison: Comparison) -> None:
             wide=len(names) == 2,
         )
     page.table(*tier_table(comparison))
-    page.heading("Means of all metrics")
+    row = of_row(comparison.rows[-1])
+    page.heading(f"Means of all metrics: {row}")
     page.table(*means_table(comparison))
-    page.table(*difference_table(comparison), caption=f"Paired differences to {names[0]}")
+    page.table(
+        *difference_table(comparison), caption=f"Paired differences to {names[0]}: {of_row(comparison.rows[-1])}"
+    )
     page.text(explanation(comparison), "note")
     page.heading("Every picture")
     tables = [{p["key"]: p for p in each.results["pictures"]} for each in comparison.loaded]
@@ -247,6 +250,11 @@ def _interval(found: Difference, metric: Mapping[str, Any]) -> str:
 
 def _arrow(metric: Mapping[str, Any]) -> str:
     return "↓" if metric["better"] == "lower" else "↑"
+
+
+def of_row(row: Row) -> str:
+    """Which pictures numbers are of: `severe (13 pictures of 13 scenes)`."""
+    return f"{_group(row)} ({count(row.pictures, 'picture')} of {count(row.scenes, 'scene')})"
 
 
 def _group(row: Row) -> str:

@@ -79,12 +79,14 @@ class Measuring:
     @torch.no_grad()
     def crop(self, pair: Pair) -> tuple[Tensor, dict[str, list[float]]]:
         """(restored uint8 [3, H, W] on the CPU, cosine similarities to the teacher a level) of a crop, which goes
-        through the network whole. Similarities are empty without a prior."""
+        through the network whole. Similarities are empty without a prior, and of an oracle."""
         with self._autocast():
             blurry, sharp = (image[None].to(self.device).float().div(255) for image in pair[:2])
             task, likeness = self._task, {}
-            out = self.network(blurry, *(task.given(sharp) if task is not None else ()))
-            if task is not None and task.teacher is not None and out.prior is not None:
+            given = task.given(sharp) if task is not None else ()
+            out = self.network(blurry, *given)
+            # An oracle's levels are the teacher's: their likeness is 1, and no prior's.
+            if task is not None and task.teacher is not None and out.prior is not None and not given:
                 target = task.teacher(sharp)
                 seen_by = [out.prior, task.teacher(blurry), *([out.student] if out.student is not None else [])]
                 values = [task.similarity(features, target).double().tolist() for features in seen_by]
@@ -106,14 +108,16 @@ class Measuring:
             likeness = {}
         self._wait()
         seconds = time.perf_counter() - started
-        made = self._yardsticks.apply(pair.blurry.to(self.device), tier, pair.kernel)
+        before = self.measure(pair.blurry, pair.sharp)
+        known = {"input_psnr": before["psnr"]} if "psnr" in before else {}
+        made = self._yardsticks.apply(pair.blurry.to(self.device), tier, pair.kernel, **known)
         record = {
             "extent": pair.extent if math.isfinite(pair.extent) else None,
             "width": pair.sharp.shape[-1],
             "height": pair.sharp.shape[-2],
             "tiles": tiles,
             "seconds": round(seconds, 4),
-            "input": self.measure(pair.blurry, pair.sharp),
+            "input": before,
             "restored": self.measure(restored, pair.sharp),
             "yardsticks": {name: self.measure(image, pair.sharp) for name, image in made.items()},
         }

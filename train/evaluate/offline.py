@@ -20,7 +20,7 @@ from data.errors import DataError
 from data.files import replacing
 from model.pretrained import WEIGHTS
 from model.summary import summarize
-from train.checkpoint.saved import describe, load_model, loss_state
+from train.checkpoint.saved import describe, load_model, loss_state, refuse_oracle
 from train.config.identity import git_commit, versions
 from train.config.schema import Config
 from train.engine.precision import keep_depthwise_in_fp32, with_precision
@@ -34,6 +34,7 @@ from train.evaluate.results import build, metric_facts, seal, write_tables
 from train.evaluate.scores import INPUT
 from train.evaluate.showing import chosen_to_show, shown_pictures, write_markdown, write_page, write_panel
 from train.evaluate.summary import ALIGNED
+from train.evaluate.yardsticks import FORMAT
 from train.objective.task import DeblurTask
 from train.restore.names import find_model
 from train.restore.tiles import default_tile
@@ -90,6 +91,10 @@ class Evaluating:
         if precision not in PRECISIONS:
             raise ValueError(f"--precision {precision}: one of {', '.join(PRECISIONS)}")
         names = metric_names("full")
+        state = loss_state(model.source) if pairs.whole and model.config.model.prior else None
+        if state is None:  # without a teacher it would restore blind, by a prior that was never trained
+            what = "evaluate its run or checkpoint on validation crops, whose sharp pictures its teacher sees"
+            refuse_oracle(model.config.model.oracle, model.source, what)
         self.model, self.pairs, self.folder, self._how = model, pairs, folder, how
         self.settings = {
             "tile": "whole" if pairs.whole else how.tile,
@@ -98,14 +103,16 @@ class Evaluating:
             "alignment": "RealBlur (ECC homography)" if pairs.aligned else "none",
         }
         computing = {name: number for name, number in versions().items() if name in ("torch", "timm", "numpy")}
-        self.versions = {"sharpprior": git_commit() or "not in git", **computing}
+        self.versions = {"sharpprior": git_commit() or "not in git", "yardsticks": FORMAT, **computing}
         tested = {name: pairs.facts[name] for name in ("layout", "split", "blur variant", "pairs", "of")}
         identity = {"model": model.facts["digest"], "data": tested | {"digest": pairs.digest}}
         identity |= {"settings": self.settings, "versions": self.versions}
-        self.book = Book(folder, identity, pairs.items, rank=how.rank, world=how.world, overwrite=overwrite)
+        self.book = Book(
+            folder, identity, pairs.items, rank=how.rank, world=how.world, overwrite=overwrite, content=pairs.content
+        )
         keep_depthwise_in_fp32(model.network, with_precision(model.config, precision).engine, device)
         task = None
-        if pairs.whole and model.config.model.prior and (state := loss_state(model.source)):
+        if state is not None:
             task = DeblurTask(model.config, device)
             task.load_state_dict(state)
         auto, tile = how.tile == "auto" and not pairs.whole, default_tile(model.config)
@@ -126,12 +133,15 @@ class Evaluating:
         self.device = device
 
     def todo(self) -> list[Item]:
-        """What is left of this process's share."""
-        return self.book.share(self._how.world)
+        """What is left of this process's share; with `save` also pictures that were measured before and not kept."""
+        left = {item.key for item in self.book.share(self._how.world)}
+        mine = self.pairs.items[self._how.rank :: self._how.world]
+        return [each for each in mine if each.key in left or (self._how.save and not self._kept(each).exists())]
 
     def run(self, on_picture: Callable[[Item, str | None], None] = lambda item, why: None) -> int:
         """Restore and measure what is left of the share, each picture's record on the disk before `on_picture(item, why
-        it failed)` is told. Returns how many were done. A picture that does not read is recorded, and the rest go on.
+        it failed)` is told. Returns how many were done. One that does not read, or that no metric takes, is recorded
+        as failed, and the rest go on.
         """
         todo = self.todo()
         with contextlib.ExitStack() as stack:
@@ -142,7 +152,11 @@ class Evaluating:
 
             def write() -> None:
                 item, record, futures = waiting.popleft()
-                self.book.add(item, with_aligned(record, {name: each.result() for name, each in futures.items()}))
+                try:
+                    record = with_aligned(record, {name: each.result() for name, each in futures.items()})
+                except ValueError as error:
+                    record = _failed(item, error)
+                self.book.add(item, record)
                 on_picture(item, record.get("failed"))
 
             for item in todo:
@@ -159,8 +173,9 @@ class Evaluating:
         try:
             pair = self.pairs.read(item)
             record, pictures = self.measuring.picture(pair, item.tier, crop=self.pairs.whole)
-        except DataError as error:
-            return item, {"failed": str(error)}, {}
+            record |= {"content": pair.content} if pair.content else {}
+        except ValueError as error:  # one that no metric takes, as of 8 px, must not end the others
+            return item, _failed(item, error), {}
         if self._how.save:
             self._keep(item, pictures[RESTORED])
         if pool is None:
@@ -172,11 +187,19 @@ class Evaluating:
         """A pair's restored picture, uint8 [3, H, W]."""
         return self.measuring.crop(pair)[0] if self.pairs.whole else self.measuring.restore(pair.blurry)[0]
 
+    def _kept(self, item: Item) -> Path:
+        return self.folder / "restored" / f"{item.key.replace('/', '-')}.png"
+
     def _keep(self, item: Item, restored: Tensor) -> None:
-        folder = self.folder / "restored"
-        folder.mkdir(exist_ok=True)
-        with replacing(folder / f"{item.key.replace('/', '-')}.png", durable=False) as path:
+        file = self._kept(item)
+        file.parent.mkdir(exist_ok=True)
+        with replacing(file, durable=False) as path:
             Image.fromarray(as_picture(restored)).save(path, format="PNG")
+
+
+def _failed(item: Item, error: ValueError) -> dict[str, Any]:
+    """Why a picture has no numbers; errors of data name their file."""
+    return {"failed": str(error) if isinstance(error, DataError) else f"{item.key}: {error}"}
 
 
 def _model_facts(network: torch.nn.Module, config: Config, source: Path) -> dict[str, Any]:
@@ -193,6 +216,7 @@ def _model_facts(network: torch.nn.Module, config: Config, source: Path) -> dict
         "digest": _file_digest(source if source.is_file() else source / WEIGHTS),
         "backbone": str(backbone.get("name", backbone)) if isinstance(backbone, dict) else str(backbone),
         "prior": config.model.prior,
+        "oracle": config.model.oracle,
         "parameters": counts.parameters,
         "macs at 256×256": counts.macs,
         "training data": [each.path for each in trained] if trained else "not recorded with the model",

@@ -29,7 +29,7 @@ UNSPLIT = "no split"  # of folders of pairs that have none
 
 class Item(NamedTuple):
     """One pair that will be tested: its key, the scene that it resembles others of, its tier ("" where only its input
-    PSNR will tell), its place in the list, and by what a repaired or replaced file is known."""
+    PSNR will tell), its place in the list, and a stamp of its files: one that was mended or replaced has another."""
 
     key: str
     scene: str
@@ -40,18 +40,21 @@ class Item(NamedTuple):
 
 class Pair(NamedTuple):
     """blurry, sharp: uint8 [3, H, W]; extent of the blur in px, NaN where it is not known; the kernel [k, k] where the
-    blur is one kernel everywhere, and known."""
+    blur is one kernel everywhere, and known; content: a digest of the files
+    that were read ("" of a set with its own)."""
 
     blurry: torch.Tensor
     sharp: torch.Tensor
     extent: float
     kernel: np.ndarray | None
+    content: str = ""
 
 
 class PairSet(Protocol):
     """What is tested on. label: short, for folders; facts: for reports; digest: of the pairs, whatever their place;
     whole: crops that go through the network in one piece, however much memory there is; aligned: RealBlur's protocol.
-    read raises DataError for a pair that cannot be read."""
+    read raises DataError for a pair that cannot be read. content: a digest of a pair's files, "" where they do not read
+    or `digest` is of their content already."""
 
     label: str
     facts: dict[str, object]
@@ -61,6 +64,8 @@ class PairSet(Protocol):
     aligned: bool
 
     def read(self, item: Item) -> Pair: ...
+
+    def content(self, item: Item) -> str: ...
 
 
 class RecordedPairs:
@@ -87,6 +92,8 @@ class RecordedPairs:
         known, root = LAYOUTS[layout], Path(root).expanduser()
         if (folders or pairs_list) and layout != "pairs":
             raise DataError(f"{layout}: has its own folders and lists; --blurry, --sharp and --list are of pairs:PATH")
+        if layout == "pairs":
+            _check_folders(root, split, variant, folders, pairs_list)
         split, variant = split or known.tested, known.variants[0] if variant is None else variant
         if pairs_list is not None:
             pairs, split = with_own_keys(pairs_of_list(pairs_list, root)), pairs_list.name
@@ -104,7 +111,7 @@ class RecordedPairs:
         if layout == "pairs" and len(set(scenes)) == 1:  # one folder of unrelated pictures
             scenes = [pair.key for pair in pairs]
         chosen = fair_draw([pair.key for pair in pairs], scenes, max_pairs)
-        self.items = [Item(pairs[n].key, scenes[n], "", n, _sizes(pairs[n])) for n in chosen]
+        self.items = [Item(pairs[n].key, scenes[n], "", n, _stamp(pairs[n])) for n in chosen]
         self.aligned = layout.startswith("realblur-")
         name = f"pairs-{root.resolve().name}" if layout == "pairs" else layout
         self.label = "-".join(filter(None, (name, split if split != UNSPLIT else "", variant)))
@@ -119,23 +126,36 @@ class RecordedPairs:
             "of": len(pairs),
             "released": known.counts.get(split) if variant not in known.parts else None,
             "scenes": len({item.scene for item in self.items}),
+            "scenes unknown": sum(item.scene == item.key for item in self.items),
             "licence": known.licence,
         }
 
     def read(self, item: Item) -> Pair:
         """The two pictures, whole. DataError, naming the file, for one that does not read or does not match."""
         files = self._files[item.number]
-        images = []
-        for path in (files.blurry, files.sharp):
+        images, hashed = [], hashlib.blake2b(digest_size=16)
+        for path in files.files:
             try:
-                images.append(decode_image(path.read_bytes(), str(path)))
+                whole = path.read_bytes()
             except OSError as error:
                 raise DataError(f"{path}: {error.strerror or error}") from None
-        blurry, sharp = (torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in images)
+            hashed.update(hashlib.blake2b(whole).digest())
+            images.append(decode_image(whole, str(path)))
+        sharp, blurry = (torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in images)
         if blurry.shape != sharp.shape:
             sizes = [f"{image.shape[1]}×{image.shape[0]}" for image in images]
-            raise DataError(f"{files.blurry}: {sizes[0]} px, its sharp partner {sizes[1]}; a pair must match")
-        return Pair(blurry, sharp, math.nan, None)
+            raise DataError(f"{files.blurry}: {sizes[1]} px, its sharp partner {sizes[0]}; a pair must match")
+        return Pair(blurry, sharp, math.nan, None, hashed.hexdigest())
+
+    def content(self, item: Item) -> str:
+        """A digest of the two files as they are now, as `read` gives it; "" where they do not read."""
+        hashed = hashlib.blake2b(digest_size=16)
+        try:
+            for path in self._files[item.number].files:
+                hashed.update(hashlib.blake2b(path.read_bytes()).digest())
+        except OSError:
+            return ""
+        return hashed.hexdigest()
 
 
 class ValidationPairs:
@@ -195,6 +215,24 @@ class ValidationPairs:
         pair = next(validation_pairs(self._shards, self._blur, **self._how, **place))
         return Pair(pair["blurry"], pair["sharp"], float(pair["extent"]), known_kernel(pair))
 
+    def content(self, item: Item) -> str:
+        """Nothing: the set's digest is of its content."""
+        return ""
+
+
+def _check_folders(
+    root: Path, split: str | None, variant: str | None, folders: tuple[str, str] | None, pairs_list: Path | None
+) -> None:
+    """DataError for what folders of pairs have none of: reports would name it nevertheless."""
+    if variant:
+        raise DataError(f"--variant {variant}: pairs have no variants: name the blurry folder with --blurry")
+    if pairs_list is not None and folders is not None:
+        raise DataError("--list and --blurry with --sharp: each names all pairs: give one of them")
+    if pairs_list is not None and split:
+        raise DataError(f"--split {split}: the pairs are those of --list: leave it out, or name the split's own list")
+    if split and root.is_dir() and not (root / split).is_dir():
+        raise DataError(f"--split {split}: no folder {root / split}: leave it out for the pairs in {root}")
+
 
 def fair_draw(keys: Sequence[str], scenes: Sequence[str], count: int | None) -> list[int]:
     """Places of `count` of the pictures (None: of all), in their order, spread over the scenes in proportion.
@@ -226,9 +264,10 @@ def _digest(lines: Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(map(str, lines)).encode(), digest_size=16).hexdigest()
 
 
-def _sizes(pair: PairFiles) -> str:
+def _stamp(pair: PairFiles) -> str:
+    """Sizes and dates: where they are the same, so is the content; where not, the content tells."""
     try:
-        return " ".join(str(path.stat().st_size) for path in pair.files)
+        return " ".join(f"{found.st_size} {found.st_mtime_ns}" for path in pair.files for found in [path.stat()])
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_atomically
+from train.evaluate.bins import bin_of
 from train.evaluate.book import RESULTS
 from train.evaluate.metrics import METRICS
-from train.evaluate.summary import ALIGNED, bin_of, summarise
+from train.evaluate.summary import ALIGNED, summarise
 
 FORMAT, VERSION = "sharpprior-results", 1
 RULES = {
@@ -53,7 +54,7 @@ def build(
         if "failed" in record:
             failed.append({"key": record["key"], "scene": record["scene"], "why": record["failed"]})
             continue
-        picture = {name: value for name, value in record.items() if name != "stamp"}
+        picture = {name: value for name, value in record.items() if name not in ("stamp", "content")}
         picture["tier"] = picture["tier"] or bin_of(picture["input"][headline])
         pictures.append(picture)
     if not pictures:

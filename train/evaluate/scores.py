@@ -227,7 +227,8 @@ def _known(
     pair: dict, yardsticks: Yardsticks | None, names: Sequence[str], device: torch.device
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Scores of the input, and by name of what the yardsticks make of it."""
-    made = yardsticks.apply(pair["blurry"], pair["tier"]) if yardsticks is not None else {}
+    known = {"input_psnr": float(pair["input_psnr"])} if "input_psnr" in pair else {}
+    made = yardsticks.apply(pair["blurry"], pair["tier"], **known) if yardsticks is not None else {}
     images = torch.stack([pair["blurry"], *made.values()]).to(device)
     truth = pair["sharp"].to(device).expand(len(images), -1, -1, -1)
     before, *others = measured(images, truth, names)

@@ -8,24 +8,14 @@ from typing import Any
 import numpy as np
 
 from data.blur import TIERS
+from train.evaluate.bins import BINS
 from train.evaluate.metrics import bootstrap_mean_interval
 from train.evaluate.scores import INPUT, INTERVAL_LEVEL, SEVERE, TRIVIAL
 
-EDGES = (20, 23, 26, 29, 32)  # dB of the input: fixed, so that two evaluations have the same bins
 ALL, HARD = "all", " + ".join(SEVERE)
 ALIGNED = "_aligned"  # the end of names of metrics after RealBlur's alignment
 
 Picture = Mapping[str, Any]
-
-
-def bin_of(psnr: float) -> str:
-    """The bin of a picture whose blur nobody knows, by its input PSNR in dB."""
-    place = int(np.searchsorted(EDGES, psnr, side="right"))
-    if place == 0:
-        return f"input < {EDGES[0]} dB"
-    if place == len(EDGES):
-        return f"input ≥ {EDGES[-1]} dB"
-    return f"input {EDGES[place - 1]}–{EDGES[place]} dB"
 
 
 def groups(tiers: Sequence[str]) -> list[tuple[str, Callable[[str], bool]]]:
@@ -36,8 +26,7 @@ def groups(tiers: Sequence[str]) -> list[tuple[str, Callable[[str], bool]]]:
         rows = [tier for tier in TIERS if tier in found]
         hard = found & set(SEVERE)
         return [(name, name.__eq__) for name in rows] + ([(HARD, SEVERE.__contains__)] if len(hard) == 2 else [])
-    middles = (EDGES[0] - 1, *EDGES)
-    rows = [name for name in map(bin_of, middles) if name in found] + sorted(found - set(map(bin_of, middles)))
+    rows = [name for name in BINS if name in found] + sorted(found - set(BINS))
     return [(name, name.__eq__) for name in rows] + [(ALL, lambda tier: True)]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.blur import TIERS
 from train.evaluate.scores import INPUT, TRIVIAL
 from train.evaluate.summary import groups
 
 Results = Mapping[str, Any]
 FEW = 8  # scenes
 HARM = -0.1  # dB on the identity tier that are worth a word
+ORACLE = "oracle: reads the sharp picture; a bound, no method"
 NAMES = {
     INPUT: "the blurry input",
     "gaussian": "Gaussian smoothing",
@@ -34,6 +36,8 @@ def headline(results: Results) -> tuple[str, str]:
         said, mood = "WORSE than what needs no model", "bad"
     else:
         said, mood = "not to be told from what needs no model", "warning"
+    if results["model"].get("oracle"):
+        said, mood = f"{said}; of an {ORACLE}", "warning"
     text = (
         f"{results['data']['set']}, {group(row)} ({count(row['pictures'], 'picture')} of "
         f"{count(row['scenes'], 'scene')}): {value}, {over} over the best trivial "
@@ -51,6 +55,8 @@ def warnings(results: Results) -> list[str]:
             f"INCOMPLETE: {len(failed)} of {len(pictures) + len(failed)} pictures could not be evaluated and are in no "
             f"mean; first {failed[0]['key']}: {failed[0]['why']}"
         )
+    if results["model"].get("oracle"):
+        lines.append(f"{ORACLE[0].upper()}{ORACLE[1:]}.")
     if data["pairs"] < data["of"]:
         lines.append(f"A part of the set: {data['pairs']} of {data['of']} pairs, drawn over the scenes by hash.")
     if data["released"] and data["of"] != data["released"]:
@@ -59,7 +65,7 @@ def warnings(results: Results) -> list[str]:
     if tiled:
         number = "All pictures" if tiled == len(pictures) else f"{tiled} of {len(pictures)} pictures"
         lines.append(f"{number} were restored in tiles; published numbers are of whole pictures.")
-    lines += few_scenes(results["tiers"][-1]["scenes"])
+    lines += unknown_scenes(data) + few_scenes(results["tiers"][-1]["scenes"])
     still = next((row for row in results["tiers"] if row["tier"] == "identity"), None)
     if still is not None and still["gain"] < HARM:
         lines.append(f"Pictures that are not blurred LOSE by it: {gain(still, 'gain')} on the identity tier.")
@@ -67,7 +73,7 @@ def warnings(results: Results) -> list[str]:
     if lost:
         lines.append(
             f"The alignment found no transform {count(len(lost), 'time')} ({lost.count('restored')} of restored "
-            "pictures); those were measured as they are, as the official script does."
+            "pictures); those were measured as they are, scaled but not moved: the official script stops there."
         )
     return lines
 
@@ -82,6 +88,17 @@ def few_scenes(scenes: int) -> list[str]:
     ]
 
 
+def unknown_scenes(data: Mapping[str, Any]) -> list[str]:
+    """A line where nothing says which pictures are of one video or place."""
+    if not data.get("scenes unknown"):
+        return []
+    number = "all" if data["scenes unknown"] == data["pairs"] else data["scenes unknown"]
+    return [
+        f"Scenes are not known of {number} of {data['pairs']} pictures: each counts as a scene of its own, and where "
+        "they share videos or places the intervals are too narrow."
+    ]
+
+
 def facts(results: Results) -> dict[str, str]:
     """What the numbers are of: model, training data, test data, settings."""
     model, data, settings = results["model"], results["data"], results["settings"]
@@ -89,7 +106,7 @@ def facts(results: Results) -> dict[str, str]:
     tile = settings["tile"]
     return {
         "model": f"{model['name']} ({model['path']})",
-        "network": f"{model['backbone']}{' with the prior' if model['prior'] else ', no prior'}, "
+        "network": f"{model['backbone']}{_prior(model)}, "
         f"{model['parameters'] / 1e6:.2f} M parameters, {model['macs at 256×256'] / 1e9:.2f} GMACs at 256×256",
         "training data": ", ".join(trained) if isinstance(trained, list) else trained,
         "training blur": str(model["training blur"]),
@@ -105,6 +122,12 @@ def facts(results: Results) -> dict[str, str]:
         "code": results["versions"]["sharpprior"],
         "weights": model["digest"],
     }
+
+
+def _prior(model: Mapping[str, Any]) -> str:
+    if model.get("oracle"):
+        return f" as an {ORACLE}"
+    return " with the prior" if model["prior"] else ", no prior"
 
 
 def gain_table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -217,6 +240,10 @@ def markdown(results: Results, *, title: str, panel: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+RECORDED = (
+    "Of recorded pairs nobody knows the tier: smoothing and sharpening have what is best for the training pairs of the "
+    "same bin of input PSNR (before any alignment), which needs the sharp picture and is known in evaluation alone."
+)
 BOUND = (
     "A bound and no rival: on the pictures whose blur is one kernel everywhere, deconvolution that is told it, as no "
     "restoration of a photograph is."
@@ -233,6 +260,7 @@ def explanation(results: Results) -> str:
         "Gains are means of paired differences. In brackets: 95 % bootstrap interval over scenes (videos, places or "
         "photographs), each drawn with all its pictures, because pictures of one scene resemble each other. The best "
         f"trivial is whichever of {', '.join(NAMES[name] for name in TRIVIAL)} has the highest mean in that row."
+        + (f" {RECORDED}" if any(each["tier"] not in TIERS for each in results["pictures"]) else "")
     )
 
 

@@ -1,9 +1,11 @@
 """What anyone can do without a model: the best Gaussian smoothing and the best unsharp masking of each severity tier,
-chosen on training pairs, and classical deconvolution where the kernel is uniform and known."""
+and of each bin of input PSNR for pairs whose tier nobody knows, chosen on training pairs; and classical deconvolution
+where the kernel is uniform and known."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.blur import TIERS
 from data.blur.generators import VARYING
 from data.files import replacing
+from train.evaluate.bins import BINS, bin_of, nearest_bin
 from train.evaluate.deconvolution import richardson_lucy, richardson_lucy_after, wiener
 from train.evaluate.metrics import measured, to_uint8
 
@@ -23,13 +27,17 @@ SIGMAS = (0.4, 0.5, 0.6, 0.8, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)  # px
 AMOUNTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
 NOISES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 ITERATIONS = (5, 10, 20, 40, 60)
-ALL = "all"  # the tier of pairs whose own has no training pairs
-FORMAT = 1
+ALL = "all"  # the tier of pairs of which nothing is known
+FORMAT = 2  # 1: without the bins
+
+
+class OutdatedError(ValueError):
+    """Yardsticks of an older version of this package, which lack settings: they are to be made anew."""
 
 
 @dataclass(frozen=True)
 class Yardsticks:
-    """Settings per tier, and under "all" for pairs of any other.
+    """Settings per tier, per bin of input PSNR (`bins.BINS`), and under "all" for pairs of any other.
 
     gaussian: σ in px (0: left as it is); unsharp: (σ in px, amount); wiener: ratio of noise to signal power;
     richardson_lucy: iterations. pairs: how many training pairs the first two were chosen on; digest: of what those
@@ -43,13 +51,19 @@ class Yardsticks:
     pairs: int = 0
     digest: str = ""
 
-    def apply(self, blurry: Tensor, tier: str, kernel: np.ndarray | None = None) -> dict[str, Tensor]:
+    def apply(
+        self, blurry: Tensor, tier: str, kernel: np.ndarray | None = None, *, input_psnr: float | None = None
+    ) -> dict[str, Tensor]:
         """What each yardstick makes of a blurry uint8 RGB [3, H, W], by name, on its device.
 
         kernel: [k, k] of a uniform blur, where it is known (`known_kernel`); without one the deconvolutions make
-        nothing. Smoothing is computed on the CPU in any case, so that it is the same on every machine.
+        nothing. input_psnr: dB, by whose bin a pair has its settings whose tier is no severity, as a recorded one; it
+        needs the sharp picture, and is known in evaluation alone. Smoothing is computed on the CPU in any case, so that
+        it is the same on every machine.
         """
         made: dict[str, Tensor] = {}
+        if tier not in TIERS and input_psnr is not None:
+            tier = bin_of(input_psnr)
         if self.gaussian:
             image = _planes(blurry)
             sigma, (radius, amount) = _of(self.gaussian, tier), _of(self.unsharp, tier)
@@ -68,13 +82,18 @@ class Yardsticks:
 
     @classmethod
     def load(cls, path: Path) -> Yardsticks:
-        """Read what `save` wrote. ValueError naming the file where it is another thing."""
+        """Read what `save` wrote. ValueError naming the file where it is another thing, OutdatedError where an older
+        version wrote it."""
         try:
             facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if facts.pop("format") != FORMAT:
+            if (written := facts.pop("format")) in range(1, FORMAT):
+                raise OutdatedError(f"{path}: yardsticks of an older version, which lack settings: they are made anew")
+            if written != FORMAT:
                 raise ValueError("another format")
             unsharp = {tier: (float(sigma), float(amount)) for tier, (sigma, amount) in facts.pop("unsharp").items()}
             return cls(unsharp=unsharp, **facts)
+        except OutdatedError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path}: not the yardsticks of a run ({error}): delete it, and they are made anew"
@@ -90,6 +109,11 @@ class Moments(NamedTuple):
     ed: tuple[float, ...]
     dd: tuple[float, ...]
 
+    @property
+    def psnr(self) -> float:
+        """Of the blurry picture, dB."""
+        return 10 * math.log10(255**2 / max(self.ee, 1e-2))
+
 
 def moments(blurry: Tensor, sharp: Tensor, tier: str) -> Moments:
     """The moments of a pair of uint8 RGB [3, H, W] pictures."""
@@ -104,13 +128,16 @@ def moments(blurry: Tensor, sharp: Tensor, tier: str) -> Moments:
 
 
 def choose(found: Sequence[Moments], digest: str = "") -> Yardsticks:
-    """The settings of the highest mean PSNR over each tier's pairs, and over all; the first of equals, which is to
-    leave pictures as they are. In another order of the pairs they are the same."""
-    found = sorted(found)
+    """The settings of the highest mean PSNR over each tier's pairs, over each bin's, and over all; the first of equals,
+    which is to leave pictures as they are. Bins without pairs have their nearest neighbour's. In another order of the
+    pairs they are the same."""
+    of: dict[str, list[Moments]] = {}
+    for each in sorted(found):
+        for name in dict.fromkeys((each.tier, bin_of(each.psnr), ALL)):
+            of.setdefault(name, []).append(each)
     gaussian: dict[str, float] = {}
     unsharp: dict[str, tuple[float, float]] = {}
-    for tier in dict.fromkeys([*(each.tier for each in found), *([ALL] if found else [])]):
-        rows = [each for each in found if tier in (each.tier, ALL)]
+    for tier, rows in of.items():
         ee = np.array([row.ee for row in rows])[:, None, None]
         ed, dd = (np.array([getattr(row, name) for row in rows])[:, :, None] for name in ("ed", "dd"))
 
@@ -123,6 +150,9 @@ def choose(found: Sequence[Moments], digest: str = "") -> Yardsticks:
         gaussian[tier] = (0.0, *SIGMAS)[int(np.argmax(smoothing))]
         amount, sigma = np.unravel_index(int(np.argmax(quality(AMOUNTS).T)), (len(AMOUNTS), len(SIGMAS)))
         unsharp[tier] = SIGMAS[int(sigma)], AMOUNTS[int(amount)]
+    for name in BINS if found else ():
+        nearest = nearest_bin(name, of)
+        gaussian[name], unsharp[name] = gaussian[nearest], unsharp[nearest]
     return Yardsticks(gaussian, unsharp, pairs=len(found), digest=digest)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from train.checkpoint.saved import describe, load_model
+from train.checkpoint.saved import describe, load_model, refuse_oracle
 from train.restore.kinds import unpacked
 from train.restore.memory import fitting_tile
 from train.restore.names import find_model
@@ -65,11 +65,7 @@ class Restorer:
         where there is one). checkpoint: latest, best or step-N of a run. ValueError if it does not load."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         network, config, source = load_model(find_model(model), where, checkpoint)
-        if config.model.oracle:
-            raise ValueError(
-                f"{source}: reads a teacher's features of the sharp picture (model.oracle): a bound for studies, which "
-                "restores nothing"
-            )
+        refuse_oracle(config.model.oracle, source)
         if network.prior is not None:
             network.prior.student.fold()  # its weights rest from now on
         name = f"{model or source.stem}, {describe(source)}" if source.is_dir() else source.stem

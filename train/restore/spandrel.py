@@ -7,6 +7,7 @@ it calls `register()` once, which takes this package: chaiNNer as it is shipped 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from model.deblurrer import Deblurrer
 from model.pretrained import CONFIG_TENSOR, config_of_tensor
+from train.checkpoint.saved import refuse_oracle
 from train.config.file import build_config
 from train.config.networks import build_model
 
@@ -50,6 +52,7 @@ def register() -> None:
 
         def load(self, state_dict: dict[str, Any]) -> Any:
             config = build_config(config_of_tensor(state_dict[CONFIG_TENSOR]))
+            refuse_oracle(config.model.oracle, Path("the file"))
             network = _Image(build_model(config, read_weights=False))
             return ImageModelDescriptor(
                 network, state_dict, architecture=self, purpose="Restoration",

@@ -36,7 +36,10 @@ def test_every_layout_s_tested_split_is_one_of_its_splits():
     [
         ("test/input/GOPR0384_11_00-000001.png", "GOPR0384_11_00"),
         ("input/scene230-blur_1.png", "scene230"),
+        ("test/input/104fromGOPR1033.png", "GOPR1033"),  # HIDE's
+        ("test/input/7fromGOPR1033.MP4.png", "GOPR1033.MP4"),
         ("blur/0001.png", "own key"),
+        ("blur/from.png", "own key"),
         ("blur/harbour/0001.png", "harbour"),
     ],
 )

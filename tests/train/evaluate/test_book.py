@@ -77,6 +77,25 @@ def test_a_file_that_was_replaced_is_measured_again(tmp_path):
     assert book(tmp_path, items=changed).records() == {}
 
 
+def test_a_copy_of_a_measured_file_is_not_measured_again(tmp_path):
+    """Another date and the same content, as of an unpacked copy; what has no known content is measured."""
+    first = book(tmp_path)
+    first.add(ITEMS[0], {"input": 1, "content": "c0"})
+    first.add(ITEMS[1], {"input": 1})
+    changed, asked = [item._replace(stamp="later") for item in ITEMS], []
+
+    def content(item: Item) -> str:
+        asked.append(item.key)
+        return f"c{item.number}"
+
+    again = Book(tmp_path, IDENTITY, changed, rank=0, world=1, overwrite=False, content=content)
+    assert list(again.records()) == list(again.records()) == ["p0"]
+    assert asked == ["p0"]  # a file is read once, and only where its stamp is another
+    other = Book(tmp_path, IDENTITY, changed, rank=0, world=1, overwrite=False, content=lambda item: "x")
+    assert other.records() == {}
+    assert list(book(tmp_path).records()) == ["p0", "p1"]
+
+
 def test_measurements_of_something_else_are_refused_with_the_difference(tmp_path):
     book(tmp_path).add(ITEMS[0], {"input": 1})
     other = IDENTITY | {"settings": {"tile": 64}}

@@ -79,6 +79,12 @@ def test_few_scenes_are_told(tmp_path, gains):
     assert any("Few scenes (7)" in note for note in compare(load_all([a, b])).notes)
 
 
+def test_scenes_that_nobody_knows_are_told(tmp_path, gains):
+    unknown = {"scenes unknown": 3, "pairs": 40}
+    folders = [evaluation(tmp_path / name, name, gains, **unknown) for name in "ab"]
+    assert any("Scenes are not known of 3 of 40 pictures" in note for note in compare(load_all(folders)).notes)
+
+
 def test_no_difference_is_said_to_be_none(tmp_path, gains):
     noise = np.random.Generator(np.random.Philox(6)).normal(0, 0.2, 40)
     a, b = evaluation(tmp_path / "a", "A", gains), evaluation(tmp_path / "b", "B", gains + noise - noise.mean())
@@ -158,9 +164,32 @@ def test_the_latex_table_is_complete_and_escaped(tmp_path, gains):
     assert len(rows) == 4
     assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows}) == 1
     assert body.count("\\begin") == body.count("\\end") == 2
-    assert "GOPRO\\_Large, test (blur), 40 pictures of 8 scenes" in body
+    assert "GOPRO\\_Large, test (blur), all pictures (40 pictures of 8 scenes)." in body
     assert not re.search(r"(?<!\\)[%#]", body)
     assert escape("a_b^2~\\{}") == r"a\_b\textasciicircum{}2\textasciitilde{}\textbackslash{}\{\}"
+
+
+def test_what_numbers_are_of_is_named_wherever_they_stand(tmp_path, gains):
+    """With one of the hard tiers missing, the headline's row is another tier: no mean may pass for the set's."""
+    folders = [evaluation(tmp_path / name, name, gains[:12] + n) for n, name in enumerate("ab")]
+    for folder in folders:
+        file = folder / "results.json"
+        results = json.loads(file.read_text())
+        for n, picture in enumerate(results["pictures"]):
+            picture["tier"] = "identity" if n < 5 else "mild"
+        file.write_text(json.dumps(results))
+    found, row = compare(load_all(folders)), "mild (7 pictures of 2 scenes)"
+    assert row in said(found)[0][0]
+    text = markdown(found)
+    for line in (f"## Means: {row}", f"## Paired differences: {row}", "| model, mild |", "| metric, mild |"):
+        assert line in text, line
+    caption = next(line for line in latex(found).splitlines() if line.startswith("\\caption"))
+    assert f"test (blur), {row}." in caption
+    assert as_json(found)["headline"] == {"tier": "mild", "metric": "psnr"}
+    write_page(tmp_path / "c.html", found)
+    page = (tmp_path / "c.html").read_text()
+    for line in (f"Means of all metrics: {row}", f"Paired differences to a: {row}"):
+        assert line in page
 
 
 def test_markdown_json_and_page_say_the_same(tmp_path, gains):

@@ -10,6 +10,7 @@ from torch import nn
 from data.errors import DataError
 from model.deblurrer import Deblurred
 from tests.train.evaluate.trees import picture
+from train.evaluate.bins import BINS, bin_of
 from train.evaluate.measure import Measuring
 from train.evaluate.metrics import measured
 from train.evaluate.offline import with_aligned
@@ -53,6 +54,16 @@ def test_a_picture_s_record_has_input_restored_and_yardsticks_by_every_metric():
     assert (record["extent"], record["width"], record["height"], record["tiles"]) == (None, 66, 50, 1)
     crop, _ = Measuring(Brighter(10 / 255), CPU, **how).picture(pair(), "", crop=True)
     assert crop["restored"] == record["restored"]
+
+
+def test_a_picture_without_a_tier_is_smoothed_by_the_bin_of_its_input():
+    settings = dict.fromkeys(BINS, 0.0) | {"all": 2.0}
+    before = measured(*(image[None] for image in pair()[:2]), ["psnr"])[0]["psnr"]
+    for name, gains in ((bin_of(before), True), ("all", False)):
+        yardsticks = Yardsticks(settings | {name: 4.0}, {"all": (1.0, 0.0)})
+        measuring = Measuring(Brighter(0.0), CPU, names=("psnr",), yardsticks=yardsticks)
+        record, _ = measuring.picture(pair(), "", crop=False)
+        assert (record["yardsticks"]["gaussian"] != record["input"]) == gains
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

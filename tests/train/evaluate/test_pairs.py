@@ -1,6 +1,7 @@
 """Which pairs are tested: fair draws, full pictures, the list that training evaluates on."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,17 @@ def test_pictures_that_do_not_match_or_read_are_named(tmp_path):
         pairs.read(pairs.items[0])
     with pytest.raises(DataError, match=r"sharp/1\.png"):
         pairs.read(pairs.items[1])
+
+
+def test_pictures_whose_scene_nobody_knows_are_counted(tmp_path):
+    root = pairs_tree(tmp_path / "p", 4)
+    assert RecordedPairs("pairs", root).facts["scenes unknown"] == 4
+    for kind in ("blur", "sharp"):
+        for n in range(3):
+            (root / kind / f"{n}.png").rename(root / kind / f"{n}fromGOPR10{n // 2}.png")
+    facts = RecordedPairs("pairs", root).facts
+    assert (facts["scenes"], facts["scenes unknown"]) == (3, 1)
+    assert RecordedPairs("gopro", tree("gopro", tmp_path / "g", "test"), partial=True).facts["scenes unknown"] == 0
 
 
 def test_crops_are_those_that_training_evaluates_on(tmp_path):
@@ -125,6 +137,16 @@ def test_what_is_written_after_data_is_understood(tmp_path):
         (None, {"split": "test"}, "--split: a shard set has crops alone"),
         ("gopro:{tmp}", {"folders": ("a", "b")}, "are of pairs:PATH"),
         ("gopro:{tmp}/repack", {}, r"`--data pairs:.*repack`"),
+        ("pairs:{tmp}/repack", {"variant": "x"}, "--variant x: pairs have no variants"),
+        ("pairs:{tmp}/repack", {"variant": "x", "folders": ("input", "target")}, "--variant x: pairs have no variants"),
+        ("pairs:{tmp}/repack", {"split": "test"}, "--split test: no folder .*repack/test"),
+        ("pairs:{tmp}/repack", {"split": "eval", "folders": ("input", "target")}, "--split eval: no folder"),
+        (
+            "pairs:{tmp}/repack",
+            {"split": "test", "pairs_list": Path("l")},
+            "--split test: the pairs are those of --list",
+        ),
+        ("pairs:{tmp}/repack", {"folders": ("a", "b"), "pairs_list": Path("l")}, "give one of them"),
     ],
 )
 def test_mistakes_after_data_are_told_with_the_way_out(tmp_path, text, how, words):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from train.evaluate.bins import bin_of
 from train.evaluate.metrics import bootstrap_mean_interval
 from train.evaluate.results import as_csv, build, metric_facts, read_results, seal
-from train.evaluate.summary import bin_of, groups, summarise
+from train.evaluate.summary import groups, summarise
 
 
 def record(key: str, before: float, after: float, *, scene="", tier="", yardsticks=None, **more) -> dict:

@@ -15,14 +15,18 @@ from data.stream.crops import PAIRS_VERSION
 from tests.train.small_sets import BUNDLED, small_set
 from train.config.file import configure
 from train.evaluate import training_pairs as training
+from train.evaluate.bins import BINS, bin_of, nearest_bin
+from train.evaluate.chosen import yardsticks_of
 from train.evaluate.deconvolution import richardson_lucy, to_linear, to_srgb, wiener
 from train.evaluate.metrics import measured
 from train.evaluate.yardsticks import (
     ALL,
     AMOUNTS,
+    FORMAT,
     ITERATIONS,
     NOISES,
     SIGMAS,
+    OutdatedError,
     Yardsticks,
     choose,
     fit,
@@ -107,10 +111,64 @@ def test_yardsticks_are_kept_as_they_are(tmp_path):
     )
     found.save(tmp_path / "yardsticks.json")
     assert Yardsticks.load(tmp_path / "yardsticks.json") == found
-    for damage in ("{", "[]", json.dumps({"format": 1}), json.dumps({"format": 0, "gaussian": {}})):
+    for damage in ("{", "[]", json.dumps({"format": FORMAT}), json.dumps({"format": 0, "gaussian": {}})):
         (tmp_path / "yardsticks.json").write_text(damage)
         with pytest.raises(ValueError, match=r"yardsticks.json: not the yardsticks of a run .* made anew"):
             Yardsticks.load(tmp_path / "yardsticks.json")
+    (tmp_path / "yardsticks.json").write_text(json.dumps({"format": 1, "gaussian": {}, "unsharp": {}}))
+    with pytest.raises(OutdatedError, match=r"yardsticks\.json: .*older version.*made anew"):
+        Yardsticks.load(tmp_path / "yardsticks.json")
+
+
+def test_a_run_s_yardsticks_of_an_older_version_are_made_anew_for_an_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.evaluate.chosen._of_bundled", lambda blur: Yardsticks({ALL: 5.6}, {ALL: (1.0, 0.0)}))
+    source = tmp_path / "run" / "checkpoints" / "step-1"
+    source.mkdir(parents=True)
+    mine = Yardsticks({ALL: 2.0}, {ALL: (1.0, 0.0)})
+    mine.save(tmp_path / "run" / "yardsticks.json")
+    how = {"device": torch.device("cpu"), "deconvolution": False}
+    found, said = yardsticks_of(config(), source, tmp_path / "a", **how)
+    assert (found, said) == (mine, "training pairs of the run")
+    (tmp_path / "run" / "yardsticks.json").write_text(json.dumps({"format": 1, "gaussian": {}, "unsharp": {}}))
+    found, said = yardsticks_of(config(), source, tmp_path / "b", **how)
+    assert found.gaussian == {ALL: 5.6}
+    assert "the run's are of an older version" in said
+    (tmp_path / "run" / "yardsticks.json").write_text("{")
+    with pytest.raises(ValueError, match="not the yardsticks of a run"):
+        yardsticks_of(config(), source, tmp_path / "c", **how)
+
+
+# -- bins --------------------------------------------------------------------------------------------------------------
+
+
+def test_recorded_pairs_have_the_settings_of_training_pairs_with_like_input_psnr():
+    """Of little and of much noise: what is best over all is best for neither."""
+    some = {strength: [pair("severe", *noisy(seed, strength)) for seed in range(2)] for strength in (4, 40)}
+    found = fit([each for rows in some.values() for each in rows])
+    for strength, rows in some.items():
+        alone = fit(rows)
+        for each in rows:
+            before = psnr(each["blurry"], each["sharp"])
+            for tier in ("", "paired"):
+                made = found.apply(each["blurry"], tier, input_psnr=before)
+                assert torch.equal(made["gaussian"], alone.apply(each["blurry"], "")["gaussian"]), strength
+            known = found.apply(each["blurry"], "severe", input_psnr=before)  # its own tier goes first
+            assert torch.equal(known["gaussian"], found.apply(each["blurry"], "severe")["gaussian"])
+    assert len({found.gaussian[ALL], *(fit(rows).gaussian[ALL] for rows in some.values())}) == 3
+
+
+def test_a_bin_without_training_pairs_takes_its_nearest_neighbour():
+    found = fit([pair("severe", *noisy(0, 40)), pair("mild", *noisy(1, 4))])
+    low, high = (bin_of(psnr(*[tensor(image) for image in noisy(n, strength)])) for n, strength in ((0, 40), (1, 4)))
+    assert set(BINS) < found.gaussian.keys()
+    assert set(BINS) < found.unsharp.keys()
+    assert (low, high) == (BINS[0], BINS[-1])
+    assert [found.gaussian[name] for name in BINS] == [found.gaussian[low]] * 3 + [found.gaussian[high]] * 3
+    assert found.gaussian[low] > found.gaussian[high]
+    assert nearest_bin(BINS[2], {BINS[0], BINS[4]}) == BINS[4]  # of two as near the one whose settings do less
+    with pytest.raises(ValueError, match="no bin at all"):
+        nearest_bin(BINS[2], {ALL})
+    assert fit([]).gaussian == {}
 
 
 # -- deconvolution -----------------------------------------------------------------------------------------------------
