@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from model.pretrained import WEIGHTS
-from train.restore.files import How, Outcome
+from train.restore.files import How, Outcome, problem_of
 from train.restore.movie import FORMATS, Film, frames_of, join, open_film, write_piece
 from train.restore.picture import PictureError
 from train.restore.restorer import Restorer
@@ -47,6 +47,8 @@ def restore_video(
     except OSError as error:
         where = error.filename or job.target
         return Outcome(job.source, job.target, "failed", f"{where}: cannot be written: {error.strerror or error}")
+    except Exception as error:  # whatever it is, the other files are none the worse
+        return Outcome(job.source, job.target, "failed", problem_of(error, job.source))
 
 
 def _restore(
