@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ OTHER_PICTURES = (".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".dng", ".c
 WRITTEN_AS = {".bmp": ".png", ".avi": ".mkv", ".webm": ".mkv"}  # kinds that are read and not written
 PIPE = Path("-")
 SUFFIX = "_restored"
+PARTS = ".parts"  # ends the folders, `NAME.FINGERPRINT.parts`, in which pieces of a video wait for the others
 
 
 class Job(NamedTuple):
@@ -80,7 +82,7 @@ def _expanded(name: str) -> list[Path]:
     if not glob.has_magic(name):
         raise PictureError(f"{name}: no such file or folder")
     found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
-    found = [each for each in found if each.suffix.lower() in (*READABLE, *VIDEOS)]
+    found = [each for each in found if each.suffix.lower() in (*READABLE, *VIDEOS) and not _is_piece(each)]
     if not found:
         raise PictureError(f"{name}: fits no picture and no video")
     return found
@@ -101,7 +103,7 @@ def _add_tree(found: Found, source: Path, out: Path | None, suffix: str | None) 
     inside = place.resolve() != source.resolve() and place.resolve().is_relative_to(source.resolve())
     for path in _below(source, found):
         name = path.relative_to(source)
-        if is_junk(str(name)) or (inside and path.resolve().is_relative_to(place.resolve())):
+        if is_junk(str(name)) or _is_piece(name) or (inside and path.resolve().is_relative_to(place.resolve())):
             continue
         if path.suffix.lower() not in (*READABLE, *VIDEOS):
             if path.suffix.lower() in OTHER_PICTURES and path.is_file():
@@ -128,6 +130,11 @@ def _below(folder: Path, found: Found) -> Iterator[Path]:
         seen.add((facts.st_dev, facts.st_ino))
         inner.sort()
         yield from (Path(place, name) for name in sorted(names))
+
+
+def _is_piece(path: Path) -> bool:
+    """Whether a file is a piece of a restored video, which `train.restore.video` keeps until it joins them."""
+    return any(re.search(rf"\.[0-9a-f]{{12}}{PARTS}$", folder) for folder in path.parts[:-1])
 
 
 def _is_result(path: Path, suffix: str | None) -> bool:
