@@ -1,6 +1,8 @@
 """Odd files: what cameras, phones and other programs write, and what is nobody's fault. One never stops the others."""
 
+import errno
 import io
+import os
 
 import numpy as np
 import pytest
@@ -122,3 +124,47 @@ def test_the_photograph_of_a_phone_s_file_of_several_is_restored_as_jpeg(tmp_pat
     assert of_status(restored(tmp_path / "a.jpg", tmp_path / "b.jpg")[1], "restored") == ["a.jpg"]
     with Image.open(tmp_path / "b.jpg") as image:
         assert image.format == "JPEG"
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_name_that_gets_too_long_is_of_one_picture(tmp_path, beside):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "n" * 247 + ".png", "z.png"):
+        Image.new("RGB", (9, 12)).save(folder / name)
+    found, outcomes = restored(folder, None if beside else tmp_path / "out", suffix=None if beside else "_restored")
+    assert of_status(outcomes, "restored") == ["a.png", "z.png"]
+    (failed,) = [problem for _, problem in found.failed] + [each.problem for each in outcomes if each.problem]
+    assert "nnn" in failed
+    assert "File name too long" in failed
+
+
+def test_a_folder_whose_files_cannot_be_reached_does_not_stop_the_others(tmp_path, monkeypatch):
+    """As a folder that may be listed and not entered (mode r--), for the superuser too."""
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    for name in ("a.png", "closed/b.png", "closed/c.heic", "closed/d_restored.png", "z.png"):
+        Image.new("RGB", (9, 12)).save(tmp_path / "in" / name, "PNG")
+    real = os.stat
+
+    def stat(path, *more, **options):
+        if isinstance(path, str | os.PathLike) and "closed/" in os.fspath(path):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return real(path, *more, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    found, outcomes = restored(tmp_path / "in", None)
+    assert of_status(outcomes, "restored") == ["a.png", "z.png"]
+    assert "c.heic: Permission denied" in " ".join(problem for _, problem in found.failed)
+    told = found.failed + [(each.source, each.problem) for each in outcomes if each.problem]
+    assert sorted(path.name for path, _ in told) == ["b.png", "c.heic", "d_restored.png"]
+
+
+def test_a_bitmap_beside_its_namesake_has_the_suffix_and_is_known_again(tmp_path):
+    for name in ("x.bmp", "x.png"):
+        Image.new("RGB", (9, 12)).save(tmp_path / name)
+    for _ in range(2):
+        jobs = find_jobs([str(tmp_path)], None).jobs
+        assert [job.target.name for job in jobs] == ["x.bmp_restored.png", "x_restored.png"]
+        restore_files(Restorer(Known(), 64), jobs, How(overwrite=True), on_done=lambda outcome: None)
+    jobs = find_jobs([str(tmp_path)], tmp_path / "out").jobs
+    assert "x.bmp.png" in [job.target.name for job in jobs]
