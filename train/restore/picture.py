@@ -45,17 +45,18 @@ class Picture:
     kind: str = ".png"
 
 
-def read_picture(path: Path, most: int = MOST_PIXELS) -> Picture:
-    """Read a photograph. PictureError if it is missing, has more than `most` pixels, or cannot be read
-    (`data.picture`)."""
+def read_picture(path: Path, most: int = MOST_PIXELS, where: str | None = None) -> Picture:
+    """Read a photograph. PictureError, naming the path or `where`, if it is missing, has more than `most` pixels, or
+    cannot be read (`data.picture`)."""
+    where = where or str(path)
     try:
         if path.exists() and not path.is_file():  # a named pipe would be waited for
-            raise PictureError(f"{path}: is no file, but a folder, a pipe or a device")
-        return decode(path.read_bytes(), str(path), most)
+            raise PictureError(f"{where}: is no file, but a folder, a pipe or a device")
+        return decode(path.read_bytes(), where, most)
     except FileNotFoundError:
-        raise PictureError(f"{path}: no such file") from None
+        raise PictureError(f"{where}: no such file") from None
     except OSError as error:
-        raise PictureError(f"{path}: {error.strerror or error}") from None
+        raise PictureError(f"{where}: {error.strerror or type(error).__name__}") from None
 
 
 def decode(data: bytes, where: str, most: int = MOST_PIXELS) -> Picture:
