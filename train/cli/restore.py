@@ -40,7 +40,7 @@ def restore(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Run, checkpoint, exported model, owner/name of the Hugging Face cache; default: ours."),
+        typer.Option(help="Run, checkpoint, exported model, owner/name of the Hugging Face cache."),
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="latest, best, or step-N, where the model is a run.")] = "latest",
     suffix: Annotated[
