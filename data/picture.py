@@ -37,16 +37,20 @@ def read_stored(data: bytes, where: str) -> Stored:
     than 8 or 16 bits a channel, or does not decode."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            frames = getattr(image, "n_frames", 1)
+            # Phones put a preview or a depth map behind the photograph (MPO): the photograph comes first.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             kind, bits = image.format, _bits(data, image)
             orientation = image.getexif().get(ORIENTATION, 1)  # a TIFF's is gone once it is loaded
             if bits in (8, 16):
                 image.load()
-            exif, icc = image.getexif(), image.info.get("icc_profile")
+            icc = image.info.get("icc_profile")
             upright = None if bits != 8 else ImageOps.exif_transpose(image)
+            exif = _kept(image.getexif())
     except Image.DecompressionBombError:
         raise DataError(f"{where}: more than {MOST_PIXELS / 1e6:.0f} million pixels; cut it into parts") from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of many types: Pillow's readers, and those of Exif, check little
         if _is_floating(data):
             raise DataError(f"{where}: {_FLOATING}") from None
         reason = "its kind is unknown" if isinstance(error, UnidentifiedImageError) else error
@@ -56,14 +60,14 @@ def read_stored(data: bytes, where: str) -> Stored:
     if bits not in (8, 16):
         raise DataError(f"{where}: {_FLOATING}")
     if bits == 16:
-        return _split(upright_array(_read_deep(data, kind, where), orientation), icc, _kept(exif))
+        return _split(upright_array(_read_deep(data, kind, where), orientation), icc, exif)
     if upright.mode not in ("L", "LA", "RGB", "RGBA") or "transparency" in upright.info:
         has_alpha = "transparency" in upright.info or upright.mode in ("PA", "La", "RGBa")
         if upright.mode not in ("RGB", "L", "RGBa", "La"):
             icc = None  # the profile describes inks, Lab or a palette, not the colours that are returned
         grey = upright.mode in ("1", "L", "La")
         upright = upright.convert(("L" if grey else "RGB") + "A" * has_alpha)
-    return _split(np.asarray(upright), icc, _kept(exif))
+    return _split(np.asarray(upright), icc, exif)
 
 
 _FLOATING = "floating-point pixels, or more than 16 bits a channel; convert the picture to 8 or 16 bits"

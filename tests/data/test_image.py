@@ -105,7 +105,8 @@ def test_floating_point_images_are_refused_as_such(shape, kind):
 def test_tiffs_of_every_mode_are_read_as_pillow_shows_them(mode):
     image = Image.fromarray(np.kron(RGB, np.ones((4, 4, 1), np.uint8)))
     image = ImageCms.profileToProfile(image, SRGB, LAB, outputMode="LAB") if mode == "LAB" else image.convert(mode)
-    with Image.open(io.BytesIO(data := saved(image, "TIFF"))) as stored:
+    packed = {"compression": "tiff_deflate"} if mode == "YCbCr" else {}  # Pillow 12 does not read its own plain one
+    with Image.open(io.BytesIO(data := saved(image, "TIFF", **packed))) as stored:
         shown = stored.convert("RGBA") if "A" in mode[1:] and mode != "LAB" else stored.convert("RGB")
     expected = (
         np.asarray(Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB"))

@@ -16,7 +16,9 @@ app = typer.Typer()
 def demo(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="Models to choose from: runs, checkpoints, exported files; default: the shipped one."),
+        typer.Argument(
+            help="Models to choose from: runs, checkpoints, exported files; none comes with the program yet."
+        ),
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="latest, best, or step-N, of models that are runs.")] = "latest",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")] = None,

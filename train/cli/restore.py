@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -38,7 +40,7 @@ def restore(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Run, checkpoint, exported model, owner/name of the Hugging Face cache; default: ours."),
+        typer.Option(help="Run, checkpoint, exported model, owner/name of the Hugging Face cache."),
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="latest, best, or step-N, where the model is a run.")] = "latest",
     suffix: Annotated[
@@ -68,7 +70,12 @@ def restore(
     from train.restore.sources import PIPE, find_jobs
 
     model, photos = _model_first(model, photos)
-    piped = as_json or out == PIPE or (out is None and photos == [str(PIPE)])
+    piped = out == PIPE or (out is None and photos == [str(PIPE)])
+    if as_json and piped:
+        raise ValueError("--json and the picture both ask for standard output: give -o FILE")
+    piped = piped or as_json
+    with contextlib.suppress(AttributeError):  # a name may be no text in this locale: it is shown as it can be
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(stderr=piped)
     start_logging(None, console)
     _refuse_contradictions(tile, whole, overwrite, skip_existing)
@@ -189,7 +196,7 @@ class _Report:
         if self._json:
             place = None if target is None else str(target)
             line = {"source": str(source), "target": place, "status": status, "problem": problem, **facts}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            print(json.dumps(line), flush=True)  # ASCII alone: names may be no text
         elif status == "failed" and self.several:
             self._say(f"error: {problem}")
         elif status == "skipped":

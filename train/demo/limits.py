@@ -48,10 +48,12 @@ def _extent(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise PictureError(f"{path.name}: far too many pixels: at most a few megapixels here") from None
+    except Exception:  # of many types; their words name the file's place on this machine
         try:
             with tifffile.TiffFile(path) as file:
                 page = file.pages[0]
                 return page.imagewidth, page.imagelength
         except Exception:  # of many types, for what is no TIFF
-            raise PictureError(f"{path.name}: is no picture that can be read ({error})") from None
+            raise PictureError(f"{path.name}: is no picture that can be read") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from train.checkpoint.saved import describe
+from train.log import log
 from train.restore.restorer import Restorer, Tile
 
 LOADED = 2  # models in memory at once
@@ -33,7 +34,7 @@ class Models:
         self._how = {"device": device, "checkpoint": checkpoint, "precision": precision}
         self._loaded: OrderedDict[str, Restorer] = OrderedDict()
         self._lock = threading.Lock()
-        self.get(self.labels[0])
+        self._load(self.labels[0])
 
     @property
     def labels(self) -> list[str]:
@@ -46,16 +47,24 @@ class Models:
         return f"{label}, {describe(source)}" if source is not None and source.is_dir() else label
 
     def get(self, label: str) -> Restorer:
-        """The model of a label. ValueError for a label that is none, and where it does not load."""
+        """The model of a label. ValueError for a label that is none, and where it does not load: why is in the log of
+        the server alone, for it names places on that machine."""
         with self._lock:
             if label not in self._names:
                 raise ValueError(f"{label}: no model of this page")
             if label not in self._loaded:
-                while len(self._loaded) >= LOADED:
-                    self._loaded.popitem(last=False)
-                self._loaded[label] = Restorer.load(self._names[label], **self._how)
+                try:
+                    self._load(label)
+                except Exception as error:
+                    log.error("%s: does not load: %s", label, error)
+                    raise ValueError(f"{label}: this model does not load: choose another one") from None
             self._loaded.move_to_end(label)
             return self._loaded[label]
+
+    def _load(self, label: str) -> None:
+        while len(self._loaded) >= LOADED:
+            self._loaded.popitem(last=False)
+        self._loaded[label] = Restorer.load(self._names[label], **self._how)
 
 
 def labelled(names: Sequence[str | None]) -> dict[str, str | None]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data.files import write_atomically
 from train.restore.files import How, restore_picture
-from train.restore.picture import WRITABLE, Picture, read_picture, write_picture
+from train.restore.picture import WRITABLE, Picture, PictureError, encode, read_picture
 from train.restore.restorer import Restorer, Tile
 
 SHOWN = 2048  # px of the longer side on the page; the file that is downloaded has all
@@ -47,7 +48,12 @@ class Photo:
         name = Path(self.name)
         suffix = name.suffix if name.suffix.lower() in WRITABLE else ".png"
         path = folder / f"{name.stem}_restored{suffix}"
-        write_picture(path, replace(self.picture, colour=self.blended(strength)), overwrite=True)
+        blended = replace(self.picture, colour=self.blended(strength))
+        data = encode(blended, suffix, path.name)  # visitors need not know where files lie on the machine that serves
+        try:
+            write_atomically(path, data, durable=False)
+        except OSError as error:
+            raise PictureError(f"{path.name}: cannot be written: {error.strerror or type(error).__name__}") from None
         return path
 
 
@@ -61,7 +67,7 @@ def restore_photo(
     on_tile: Callable[[int, int], None] = lambda done, all_: None,
 ) -> Photo:
     """Restore a file that was uploaded; its pixels are kept in the folder. PictureError for what cannot be read."""
-    picture = read_picture(path)
+    picture = read_picture(path, where=path.name)
     began = time.perf_counter()
     restored = restore_picture(restorer, picture, How(tile=tile, ensemble=ensemble), on_tile)
     seconds = time.perf_counter() - began

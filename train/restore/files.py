@@ -23,6 +23,7 @@ from train.restore.picture import (
     check_target,
     decode,
     encode,
+    one_line,
     read_picture,
     write_picture,
 )
@@ -71,6 +72,15 @@ def restore_picture(
     return replace(picture, colour=result)
 
 
+def problem_of(error: Exception, source: Path) -> str:
+    """One line for the user about what went wrong with a file."""
+    if isinstance(error, PictureError):
+        return str(error)
+    where = error.filename if isinstance(error, OSError) and error.filename else source
+    said = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+    return f"{where}: {said}"
+
+
 def restore_files(
     restorer: Restorer,
     jobs: Sequence[Job],
@@ -89,8 +99,8 @@ def restore_files(
             try:
                 written.result()
                 on_done(outcome)
-            except PictureError as error:
-                on_done(replace(outcome, status="failed", problem=str(error)))
+            except Exception as error:
+                on_done(replace(outcome, status="failed", problem=problem_of(error, outcome.source)))
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         for job, reading in _ahead(jobs, reader, how):
@@ -107,7 +117,7 @@ def restore_files(
                     size = picture.colour.shape[1::-1]
                     outcome = replace(outcome, size=size, seconds=time.perf_counter() - start)
                     written = writer.submit(_write, job.target, picture, how)
-            except PictureError as error:
+            except Exception as error:  # whatever it is, the other pictures are none the worse
                 written.set_exception(error)
             waiting.append((written, outcome))
             tell(WRITING)

@@ -58,7 +58,7 @@ def _of_tensor(image: Tensor) -> tuple[Tensor, Back]:
 
 
 def _of_numpy(image: np.ndarray) -> tuple[Tensor, Back]:
-    if image.dtype not in (np.uint8, np.uint16, np.float16, np.float32, np.float64):
+    if image.dtype.newbyteorder("=") not in (np.uint8, np.uint16, np.float16, np.float32, np.float64):
         raise ValueError(f"an array of {image.dtype}: give uint8, uint16, or floats in [0, 1]")
     flat = image.ndim == 2
     if image.ndim not in (2, 3, 4) or not (flat or 1 <= image.shape[-1] <= 4):

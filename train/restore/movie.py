@@ -6,6 +6,7 @@ the order of packets is that of frames, and pieces of one encoder join packet by
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,13 +22,16 @@ from train.restore.picture import PictureError
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 QUALITY = {"crf": "16", "preset": "medium", "bf": "0"}  # x264: hardly to be told from lossless
 BT709, BT601, FULL_HD_FROM = 1, 5, 720  # a video that does not say its matrix has BT.709 from 720 rows on
+# swscale, bicubic, by FFmpeg's numbers: its shortcuts, which are the default, make luma darker by a level.
+EXACT = 0x4 | 0x2000 | 0x4000 | 0x40000  # bicubic, every chroma sample in and out, right rounding
 HDR = {16: "PQ", 18: "HLG"}
 
 
 @dataclass(frozen=True)
 class Film:
     """A video's frames: the time stamps in display order, in units of `base` seconds; mean rate; the colours' codes
-    (matrix, primaries, transfer); whether its chroma is not subsampled; stored size (width, height), px."""
+    (matrix, primaries, transfer); whether its chroma is not subsampled; stored size (width, height), px; width by
+    height of one stored pixel, where it says so."""
 
     path: Path
     stamps: tuple[int, ...]
@@ -36,11 +40,14 @@ class Film:
     colours: tuple[int, int, int]
     full_chroma: bool
     size: tuple[int, int]
+    aspect: Fraction | None = None
 
 
 def open_film(path: Path) -> Film:
     """Look through a video's packets, decoding none. PictureError where that is no video, or one that cannot be kept
     as it is."""
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise PictureError(f"{path}: is no file, but a folder, a pipe or a device")
     try:
         with _opened(path) as container:
             stream = container.streams.video[0]
@@ -51,7 +58,7 @@ def open_film(path: Path) -> Film:
                 path, (), stream.time_base, rate or Fraction(25),
                 (context.colorspace, context.color_primaries, context.color_trc),
                 "444" in context.format.name or context.format.name.startswith("gbr"),
-                (context.width, context.height),
+                (context.width, context.height), stream.sample_aspect_ratio or None,
             )  # fmt: skip
     except IndexError:
         raise PictureError(f"{path}: no video in this file; leave it out") from None
@@ -111,13 +118,40 @@ def write_piece(path: Path, film: Film, frames: Iterator[np.ndarray]) -> tuple[i
                 context = stream.codec_context
                 context.colorspace, context.color_primaries, context.color_trc = _matrix(film), *film.colours[1:]
                 context.color_range = 1  # of television
+                if film.aspect:
+                    turned = (width, height) != film.size
+                    context.sample_aspect_ratio = 1 / film.aspect if turned else film.aspect
                 context.time_base = 1 / film.rate
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame = frame.reformat(format=stream.pix_fmt, dst_colorspace=_matrix(film), dst_color_range=1)
+            frame = frame.reformat(
+                format=stream.pix_fmt, dst_colorspace=_matrix(film), dst_color_range=1, interpolation=EXACT
+            )
             frame.pts, frame.time_base = number, 1 / film.rate
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return width, height
+
+
+def try_sound(film: Film, target: Path) -> None:
+    """PictureError where the target's kind of file does not hold the film's sound, which its muxer knows best: with a
+    header of its own, before any frame is restored."""
+    import av
+
+    with _opened(film.path) as source:
+        names = ", ".join(dict.fromkeys(stream.codec_context.name for stream in source.streams.audio))
+        if not names:
+            return
+        try:
+            with av.open(io.BytesIO(), "w", format=FORMATS[target.suffix.lower()]) as out:
+                video = out.add_stream("libx264", rate=film.rate)
+                video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+                for stream in source.streams.audio:
+                    out.add_stream_from_template(stream)
+                out.start_encoding()
+        except (ValueError, *_errors()):
+            raise PictureError(
+                f"{film.path}: its sound ({names}) does not go into {target.suffix}: give -o NAME.mkv"
+            ) from None
 
 
 def join(film: Film, pieces: Sequence[Path], target: Path) -> None:
@@ -134,15 +168,7 @@ def join(film: Film, pieces: Sequence[Path], target: Path) -> None:
         out.metadata.update(source.metadata)
         video = out.add_stream_from_template(first.streams.video[0])
         video.time_base = film.base
-        sounds = {}
-        for stream in source.streams.audio:
-            try:
-                sounds[stream] = out.add_stream_from_template(stream)
-            except (ValueError, *_errors()):
-                name = stream.codec_context.name
-                raise PictureError(
-                    f"{film.path}: its sound ({name}) does not go into {target.suffix}: give -o NAME.mkv"
-                ) from None
+        sounds = {stream: out.add_stream_from_template(stream) for stream in source.streams.audio}
         for packet in _in_time(_restored_packets(film, pieces, video), _sound_packets(source, sounds)):
             out.mux(packet)
 
@@ -188,7 +214,7 @@ def _in_time(one: Iterator[Any], other: Iterator[Any]) -> Iterator[Any]:
 
 
 def _pixels(frame: Any, matrix: int) -> np.ndarray:
-    pixels = frame.reformat(format="rgb24", src_colorspace=matrix).to_ndarray()
+    pixels = frame.reformat(format="rgb24", src_colorspace=matrix, interpolation=EXACT).to_ndarray()
     return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90)) if frame.rotation else pixels
 
 

@@ -29,7 +29,7 @@ def find_model(name: str | Path | None) -> Path:
         return SHIPPED
     path = Path(name).expanduser()
     if path.exists():
-        if (path / "snapshots").is_dir():
+        if _is_of_cache(path):
             return _of_cache(path)
         return path if is_model(path) or not any(path.glob(f"*{SINGLE}")) else _model_in(path)
     if len(path.parts) == 1 and (RUNS / path).is_dir():
@@ -50,7 +50,12 @@ def is_model(path: Path) -> bool:
     """Whether a path is a run with a checkpoint, a checkpoint, an exported model, or a repository of the cache."""
     if path.suffix == SINGLE:
         return path.is_file()
-    return (path / WEIGHTS).is_file() or (path / "checkpoints").is_dir() or (path / "snapshots").is_dir()
+    return (path / WEIGHTS).is_file() or (path / "checkpoints").is_dir() or _is_of_cache(path)
+
+
+def _is_of_cache(path: Path) -> bool:
+    """Whether a folder is a repository of the Hugging Face cache, not one of pictures with `snapshots` in it."""
+    return path.absolute().name.startswith("models--") and (path / "snapshots").is_dir()
 
 
 def _of_cache(repository: Path) -> Path:

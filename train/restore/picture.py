@@ -11,18 +11,17 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import tifffile
 from PIL import Image
 
 from data.errors import DataError
 from data.files import write_atomically
-from data.picture import DESCRIPTIVE, read_stored
+from data.picture import read_stored
+from train.restore.tiff import encode_tiff
 
 READABLE = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
 WRITABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
-KINDS = {"JPEG": ".jpg", "PNG": ".png", "TIFF": ".tif", "WEBP": ".webp"}
+KINDS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "TIFF": ".tif", "WEBP": ".webp"}
 SIXTEEN_BIT = (".png", ".tif", ".tiff")
-ICC_TAG = 34675
 
 JPEG_QUALITY = 97
 MOST_PIXELS = 256_000_000  # unless more is allowed: the largest cameras have 200 megapixels
@@ -46,17 +45,18 @@ class Picture:
     kind: str = ".png"
 
 
-def read_picture(path: Path, most: int = MOST_PIXELS) -> Picture:
-    """Read a photograph. PictureError if it is missing, has more than `most` pixels, or cannot be read
-    (`data.picture`)."""
+def read_picture(path: Path, most: int = MOST_PIXELS, where: str | None = None) -> Picture:
+    """Read a photograph. PictureError, naming the path or `where`, if it is missing, has more than `most` pixels, or
+    cannot be read (`data.picture`)."""
+    where = where or str(path)
     try:
         if path.exists() and not path.is_file():  # a named pipe would be waited for
-            raise PictureError(f"{path}: is no file, but a folder, a pipe or a device")
-        return decode(path.read_bytes(), str(path), most)
+            raise PictureError(f"{where}: is no file, but a folder, a pipe or a device")
+        return decode(path.read_bytes(), where, most)
     except FileNotFoundError:
-        raise PictureError(f"{path}: no such file") from None
+        raise PictureError(f"{where}: no such file") from None
     except OSError as error:
-        raise PictureError(f"{path}: {error.strerror or error}") from None
+        raise PictureError(f"{where}: {error.strerror or type(error).__name__}") from None
 
 
 def decode(data: bytes, where: str, most: int = MOST_PIXELS) -> Picture:
@@ -74,6 +74,8 @@ def decode(data: bytes, where: str, most: int = MOST_PIXELS) -> Picture:
         raise PictureError(str(error)) from None
     except MemoryError:
         raise PictureError(f"{where}: there is not enough memory for it; cut it into parts") from None
+    except Exception as error:
+        raise PictureError(f"{where}: does not decode as a picture ({one_line(error)})") from None
     return Picture(stored.colour, stored.alpha, stored.icc, stored.exif, kind)
 
 
@@ -106,11 +108,16 @@ def encode(picture: Picture, suffix: str, where: str) -> bytes:
     deep = picture.colour.dtype == np.uint16 and suffix in SIXTEEN_BIT
     array = _to_array(picture, deep, alpha=suffix not in (".jpg", ".jpeg"), spread=suffix == ".png")
     try:
-        if deep:
-            return _deep_png(array, picture) if suffix == ".png" else _deep_tiff(array, picture)
-        return _plain(array, suffix, picture)
-    except (OSError, ValueError, struct.error) as error:
-        raise PictureError(f"{where}: cannot be written: {error}") from None
+        if suffix in (".tif", ".tiff"):
+            return encode_tiff(array, picture.icc, picture.exif)
+        return _deep_png(array, picture) if deep else _plain(array, suffix, picture)
+    except Exception as error:  # of many types, for odd Exif too
+        raise PictureError(f"{where}: cannot be written: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, with its type, for a library's words alone may be none."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -130,8 +137,6 @@ def _plain(array: np.ndarray, suffix: str, picture: Picture) -> bytes:
         options |= {"quality": JPEG_QUALITY, "subsampling": 0}
     if suffix == ".webp":
         options |= {"lossless": True}
-    if suffix in (".tif", ".tiff"):
-        options |= {"compression": "tiff_deflate"}
     file = io.BytesIO()
     Image.fromarray(array).save(file, format=Image.registered_extensions()[suffix], **options)
     return file.getvalue()
@@ -155,23 +160,6 @@ def _deep_png(array: np.ndarray, picture: Picture) -> bytes:
 
 def _png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def _deep_tiff(array: np.ndarray, picture: Picture) -> bytes:
-    tags: list[tuple] = [(ICC_TAG, 7, len(picture.icc), picture.icc, True)] if picture.icc else []
-    if picture.exif:
-        exif = Image.Exif()
-        exif.load(picture.exif)
-        tags += [(tag, 2, 0, str(exif[tag]), True) for tag in DESCRIPTIVE if tag in exif]
-    channels = 1 if array.ndim == 2 else array.shape[2]
-    layout = {
-        "photometric": "minisblack" if channels < 3 else "rgb",
-        "extrasamples": ["unassalpha"] if channels in (2, 4) else None,
-        "planarconfig": "contig" if array.ndim == 3 else None,
-    }
-    file = io.BytesIO()
-    tifffile.imwrite(file, array, **layout, compression="zlib", metadata=None, extratags=tags)
-    return file.getvalue()
 
 
 def _to_array(picture: Picture, deep: bool, *, alpha: bool, spread: bool) -> np.ndarray:

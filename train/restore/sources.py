@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ OTHER_PICTURES = (".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".dng", ".c
 WRITTEN_AS = {".bmp": ".png", ".avi": ".mkv", ".webm": ".mkv"}  # kinds that are read and not written
 PIPE = Path("-")
 SUFFIX = "_restored"
+PARTS = ".parts"  # ends the folders, `NAME.FINGERPRINT.parts`, in which pieces of a video wait for the others
 
 
 class Job(NamedTuple):
@@ -38,6 +41,14 @@ class Found:
     jobs: list[Job] = field(default_factory=list)
     failed: list[tuple[Path, str]] = field(default_factory=list)
     skipped: list[Path] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def failing(self, path: Path) -> Iterator[None]:
+        """What the system refuses in the block (a name that is too long, a folder that is closed) is told of `path`."""
+        try:
+            yield
+        except OSError as error:
+            self.failed.append((path, f"{error.filename or path}: {error.strerror or error}"))
 
 
 def find_jobs(names: Sequence[str], out: Path | None, suffix: str | None = None) -> Found:
@@ -61,13 +72,15 @@ def find_jobs(names: Sequence[str], out: Path | None, suffix: str | None = None)
     for source in sources:
         if source == PIPE:
             found.jobs.append(Job(PIPE, out or PIPE))
-        elif source.is_dir():
-            place = out if out is None or len(sources) == 1 else out / source.resolve().name
-            _add_tree(found, source, place, suffix)
-        else:
-            folder = out if out is not None and (not single or out.is_dir()) else None
-            target = out if single and out is not None and folder is None else _beside(source, folder, suffix)
-            found.jobs.append(Job(source, target))
+            continue
+        with found.failing(source):
+            if source.is_dir():
+                place = out if out is None or len(sources) == 1 else out / source.resolve().name
+                _add_tree(found, source, place, suffix)
+            else:
+                folder = out if out is not None and (not single or out.is_dir()) else None
+                target = out if single and out is not None and folder is None else _beside(source, folder, suffix)
+                found.jobs.append(Job(source, target))
     _refuse_clashes(found)
     return found
 
@@ -80,7 +93,7 @@ def _expanded(name: str) -> list[Path]:
     if not glob.has_magic(name):
         raise PictureError(f"{name}: no such file or folder")
     found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
-    found = [each for each in found if each.suffix.lower() in (*READABLE, *VIDEOS)]
+    found = [each for each in found if each.suffix.lower() in (*READABLE, *VIDEOS) and not _is_piece(each)]
     if not found:
         raise PictureError(f"{name}: fits no picture and no video")
     return found
@@ -101,13 +114,14 @@ def _add_tree(found: Found, source: Path, out: Path | None, suffix: str | None) 
     inside = place.resolve() != source.resolve() and place.resolve().is_relative_to(source.resolve())
     for path in _below(source, found):
         name = path.relative_to(source)
-        if is_junk(str(name)) or (inside and path.resolve().is_relative_to(place.resolve())):
-            continue
-        if path.suffix.lower() not in (*READABLE, *VIDEOS):
-            if path.suffix.lower() in OTHER_PICTURES and path.is_file():
-                found.skipped.append(path)
-        elif not _is_result(path, suffix):
-            found.jobs.append(Job(path, _beside(path, place / name.parent, suffix or "")))
+        with found.failing(path):
+            if is_junk(str(name)) or _is_piece(name) or (inside and path.resolve().is_relative_to(place.resolve())):
+                continue
+            if path.suffix.lower() not in (*READABLE, *VIDEOS):
+                if path.suffix.lower() in OTHER_PICTURES and path.is_file():
+                    found.skipped.append(path)
+            elif not _is_result(path, suffix):
+                found.jobs.append(Job(path, _beside(path, place / name.parent, suffix or "")))
     if before == (len(found.jobs), len(found.failed), len(found.skipped)):
         raise PictureError(f"{source}: no pictures in this folder ({', '.join(READABLE)}; videos {', '.join(VIDEOS)})")
 
@@ -121,8 +135,10 @@ def _below(folder: Path, found: Found) -> Iterator[Path]:
         found.failed.append((Path(error.filename), f"{error.filename}: {error.strerror}"))
 
     for place, inner, names in os.walk(folder, followlinks=True, onerror=note):
-        facts = os.stat(place)
-        if (facts.st_dev, facts.st_ino) in seen:
+        facts = None
+        with found.failing(Path(place)):
+            facts = os.stat(place)
+        if facts is None or (facts.st_dev, facts.st_ino) in seen:
             inner.clear()
             continue
         seen.add((facts.st_dev, facts.st_ino))
@@ -130,13 +146,21 @@ def _below(folder: Path, found: Found) -> Iterator[Path]:
         yield from (Path(place, name) for name in sorted(names))
 
 
+def _is_piece(path: Path) -> bool:
+    """Whether a file is a piece of a restored video, which `train.restore.video` keeps until it joins them."""
+    return any(re.search(rf"\.[0-9a-f]{{12}}{PARTS}$", folder) for folder in path.parts[:-1])
+
+
 def _is_result(path: Path, suffix: str | None) -> bool:
     """Whether a file is what an earlier call made of the one beside it."""
     stem = path.stem
     if not suffix or not stem.endswith(suffix) or stem == suffix:
         return False
-    endings = {path.suffix, *(old for old, new in WRITTEN_AS.items() if new == path.suffix)}
-    return any(path.with_name(stem.removesuffix(suffix) + ending).exists() for ending in endings)
+    became = [old for old, new in WRITTEN_AS.items() if new == path.suffix]
+    source = path.with_name(stem.removesuffix(suffix))
+    if source.suffix.lower() in became and source.exists():  # x.bmp beside x.png: x.bmp_restored.png
+        return True
+    return any(source.with_name(source.name + ending).exists() for ending in (path.suffix, *became))
 
 
 def _refuse_clashes(found: Found) -> None:
@@ -145,19 +169,29 @@ def _refuse_clashes(found: Found) -> None:
     taken: set[str] = set()
     jobs, found.jobs = found.jobs, []
     for job in jobs:
-        target = job.target
-        if target != PIPE:
-            renamed = job.source.suffix.lower() in WRITTEN_AS
-            if renamed and (str(target) in taken or os.path.realpath(_namesake(job)) in sources):
-                target = target.with_name(f"{job.source.name}{target.suffix}")
-            if str(target) in taken:
-                found.failed.append((job.source, f"{job.source}: another picture is restored into {target} already"))
+        with found.failing(job.source):
+            target, problem = _free(job, sources, taken)
+            if problem is not None:
+                found.failed.append((job.source, problem))
                 continue
-            if os.path.realpath(target) in sources or (target.exists() and _same(target, job.source)):
-                found.failed.append((job.source, f"{target}: is a picture that is to be restored: choose another name"))
-                continue
-        taken.add(str(target))
-        found.jobs.append(Job(job.source, target))
+            taken.add(str(target))
+            found.jobs.append(Job(job.source, target))
+
+
+def _free(job: Job, sources: set[str], taken: set[str]) -> tuple[Path, str | None]:
+    """Where a job's result can go, given all sources and the targets that are taken; why it cannot."""
+    target = job.target
+    if target == PIPE:
+        return target, None
+    renamed = job.source.suffix.lower() in WRITTEN_AS
+    if renamed and (str(target) in taken or os.path.realpath(_namesake(job)) in sources):
+        added = target.stem.removeprefix(job.source.stem)
+        target = target.with_name(f"{job.source.name}{added}{target.suffix}")
+    if str(target) in taken:
+        return target, f"{job.source}: another picture is restored into {target} already"
+    if os.path.realpath(target) in sources or (target.exists() and _same(target, job.source)):
+        return target, f"{target}: is a picture that is to be restored: choose another name"
+    return target, None
 
 
 def _namesake(job: Job) -> Path:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from model.pretrained import WEIGHTS
-from train.restore.files import How, Outcome
-from train.restore.movie import FORMATS, Film, frames_of, join, open_film, write_piece
+from train.restore.files import How, Outcome, problem_of
+from train.restore.movie import EXACT, FORMATS, Film, frames_of, join, open_film, try_sound, write_piece
 from train.restore.picture import PictureError
 from train.restore.restorer import Restorer
-from train.restore.sources import Job
+from train.restore.sources import PARTS, Job
 
 PIECE = 48  # frames: what is lost where a process is stopped
 
@@ -47,6 +47,8 @@ def restore_video(
     except OSError as error:
         where = error.filename or job.target
         return Outcome(job.source, job.target, "failed", f"{where}: cannot be written: {error.strerror or error}")
+    except Exception as error:  # whatever it is, the other files are none the worse
+        return Outcome(job.source, job.target, "failed", problem_of(error, job.source))
 
 
 def _restore(
@@ -57,14 +59,18 @@ def _restore(
         raise PictureError(f"{target}: videos are written as {', '.join(FORMATS)}")
     if target.exists() and how.skip_existing:
         return Outcome(source, target, "there")
+    film, start = open_film(source), time.perf_counter()
+    count = len(film.stamps)
+    firsts = range(0, count, PIECE)
+    mine = range(rank, len(firsts), world)
+    if not mine:  # of a short video the others may have joined all that there is
+        return Outcome(source, target, "part")
     if target.exists() and not how.overwrite:
         raise PictureError(f"{target}: exists: choose another name, --overwrite, or --skip-existing")
-    film, start = open_film(source), time.perf_counter()
-    folder = target.with_name(f"{target.name}.{_fingerprint(restorer, film, how)}.parts")
+    try_sound(film, target)
+    folder = target.with_name(f"{target.name}.{_fingerprint(restorer, film, how)}{PARTS}")
     folder.mkdir(parents=True, exist_ok=True)
-    count = len(film.stamps)
-    pieces = [folder / f"{first:08d}.mkv" for first in range(0, count, PIECE)]
-    mine = range(rank, len(pieces), world)
+    pieces = [folder / f"{first:08d}.mkv" for first in firsts]
     frames = sum(min(PIECE, count - number * PIECE) for number in mine)
     done, size = 0, None
 
@@ -114,5 +120,5 @@ def _fingerprint(restorer: Restorer, film: Film, how: How) -> str:
         with open(weights, "rb") as file:
             digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
     settings = [film.path.stat().st_size, film.stamps, how.strength, how.ensemble, how.tile, restorer.tile]
-    digest.update(json.dumps([*settings, str(restorer.precision), PIECE]).encode())
+    digest.update(json.dumps([*settings, str(restorer.precision), PIECE, EXACT]).encode())
     return digest.hexdigest()

@@ -83,6 +83,32 @@ def test_a_pipe_carries_pictures_and_nothing_else(model, tmp_path):
     assert b"1 restored" in done.stderr
 
 
+def test_lines_of_json_are_not_put_behind_a_picture(model, sharpprior, tmp_path):
+    source = photo(tmp_path / "a.png")
+    for arguments in (["-"], [source, "-o", "-"]):
+        status, text, error = sharpprior("restore", *arguments, "--model", model, "--json")
+        assert (status, text) == (1, "")
+        assert "give -o FILE" in error
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_names_that_are_no_text_are_told_as_they_can_be(model, tmp_path, monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    names = [os.fsdecode(b"\xff\xfe.png"), "\u00e9.png"]
+    for name in names:
+        photo(tmp_path / "in" / name)
+        (tmp_path / "in" / name.replace("png", "jpg")).write_bytes(b"nothing")
+    arguments = ("restore", tmp_path / "in", "--model", model, "-o")
+    done = command(*arguments, tmp_path / "json", "--json")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted(Path(line["source"]).name for line in lines if line["status"] == "restored") == sorted(names)
+    assert len(lines) == 4
+    done = command(*arguments, tmp_path / "text")
+    assert sorted(os.listdir(tmp_path / "text")) == sorted(names)
+    assert b"2 restored" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
 def test_a_pipe_into_a_file_and_an_empty_one(model, sharpprior, tmp_path, monkeypatch):
     data = photo(tmp_path / "a.jpg").read_bytes()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))

@@ -130,6 +130,35 @@ def test_what_is_too_large_is_told_before_it_is_decoded(acts, how, tmp_path, mon
             acts.own_sharp(tmp_path / name)
 
 
+def test_visitors_are_told_names_and_no_places_on_the_server(acts, how, model_file, tmp_path, monkeypatch):
+    Image.fromarray(picture()).save(tmp_path / "cut.png")
+    data = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    frames = [Image.new("RGB", (9, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "two.webp", save_all=True, append_images=frames[1:])
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "broken.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"garbage")
+    two = Acts(Models([str(model_file), str(tmp_path / "lab" / "broken.safetensors")], CPU), Limits(), acts.root)
+    Image.fromarray(picture()).save(tmp_path / "good.png")
+    told = []
+    for name, model in (("cut.png", 0), ("two.webp", 0), ("text.png", 0), ("good.png", 1)):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            two.restore(tmp_path / name, 1.0, How(two.models.labels[model]), None)
+        told.append(str(error.value))
+    assert told[0].startswith("cut.png: does not decode")
+    assert told[1].startswith("two.webp: has 2 pages")
+    assert told[2].startswith("text.png: is no picture")
+    assert told[3].startswith("broken.safetensors: this model does not load")
+    *_, visit = acts.restore(tmp_path / "good.png", 1.0, how, None)
+    monkeypatch.setitem(Image.SAVE, "PNG", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(PictureError) as error:
+        acts.blend(0.5, visit)
+    told.append(str(error.value))
+    assert told[4].startswith("good_restored.png: cannot be written")
+    assert not any(str(tmp_path.parent) in words or "/" in words for words in told)
+
+
 def test_the_size_of_deep_tiffs_is_known_too(tmp_path):
     import tifffile
 

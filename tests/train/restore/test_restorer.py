@@ -32,6 +32,15 @@ def test_numpy_keeps_shape_dtype_and_alpha(brighter, shape, dtype):
     np.testing.assert_array_equal(result[..., colours:], image[..., colours:])
 
 
+@pytest.mark.parametrize("dtype", [">u2", "<u2", ">f4"])
+def test_arrays_of_either_order_of_bytes_are_taken(brighter, dtype):
+    top = 65535 if "u" in dtype else 1.0
+    image = (noise(20, 30, 3).numpy() * 0.8 * top).astype(dtype)
+    result = brighter(image)
+    assert result.dtype == np.dtype(dtype)
+    assert np.abs((result.astype(np.float64) - image) / top - SHIFT).max() < 2e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 70, 90), (1, 70, 90), (4, 20, 30), (5, 3, 20, 30), (2, 1, 90, 70)])
 def test_tensors_keep_shape_and_dtype(brighter, shape, dtype):
@@ -163,3 +172,13 @@ def test_it_is_loaded_by_its_names(tmp_path, monkeypatch):
     for name in ("nothing", "some/body", tmp_path / "x.safetensors"):
         with pytest.raises(ValueError, match="no such model"):
             Restorer.load(name, "cpu")
+
+
+def test_a_folder_of_pictures_with_snapshots_in_it_is_no_model(tmp_path):
+    from train.restore.names import find_model, is_model
+
+    for name, wanted in (("holiday", False), ("models--some--body", True)):
+        (tmp_path / name / "snapshots" / "abc").mkdir(parents=True)
+        (tmp_path / name / "snapshots" / "abc" / "a.safetensors").write_bytes(b"")
+        assert is_model(tmp_path / name) == wanted
+    assert find_model(tmp_path / "models--some--body").name == "a.safetensors"

@@ -1,5 +1,6 @@
 """Videos: every frame at its time, the sound as it was, and pieces that go on after a stop."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -184,11 +185,78 @@ def test_bad_videos_are_told_and_nothing_is_left(tmp_path, damage):
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_sound_that_the_container_cannot_hold_is_said_and_pieces_stay(tmp_path):
-    source, target = film(tmp_path / "a.mkv", sound="pcm_u8"), tmp_path / "b.mp4"
-    outcome = restored(source, target)
-    assert "pcm_u8) does not go into .mp4: give -o NAME.mkv" in outcome.problem
-    assert not target.exists()
+@pytest.mark.parametrize("sound", ["pcm_u8", "wavpack", "tta"])
+def test_sound_that_the_container_cannot_hold_is_said_before_any_frame_is_restored(tmp_path, sound):
+    source, target = film(tmp_path / "a.mkv", sound=sound), tmp_path / "b.mp4"
+    network = Known()
+    outcome = restored(source, target, network)
+    assert f"{sound}) does not go into .mp4: give -o NAME.mkv" in outcome.problem
+    assert not network.sizes
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mkv"]
+    assert restored(source, tmp_path / "b.mkv").status == "restored"
+
+
+def test_a_rank_without_a_piece_leaves_a_finished_video_alone(tmp_path):
+    source, target = film(tmp_path / "a.mp4", sound=None, count=5), tmp_path / "b.mp4"
+    assert restored(source, target, rank=1, world=2).status == "part"
+    assert not list(tmp_path.glob("*.parts"))
+    assert restored(source, target, rank=0, world=2).status == "restored"
+    late = restored(source, target, rank=1, world=2)
+    assert (late.status, late.problem) == ("part", None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
+
+
+def test_pieces_of_a_video_are_no_videos_to_restore(tmp_path, monkeypatch):
+    source = film(tmp_path / "a.mp4", sound=None)
+    assert restored(source, tmp_path / "a_restored.mp4", rank=0, world=2).status == "part"
+    assert list(tmp_path.glob("*.parts/*.mkv"))
+    assert [job.source for job in find_jobs([str(tmp_path)], None).jobs] == [source]
+    monkeypatch.chdir(tmp_path)
+    assert [job.source.name for job in find_jobs(["**/*.m*"], tmp_path / "out").jobs] == ["a.mp4"]
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    outcome = restored(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    assert (outcome.status, "a.mp4: is no file" in outcome.problem) == ("failed", True)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_pixels_that_are_no_squares_stay_so(tmp_path, suffix):
+    source, target = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    with av.open(str(source), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(16, 11)
+        for number in range(8):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame(number, (64, 48)), format="rgb24")))
+        out.mux(stream.encode(None))
+    assert restored(source, target).status == "restored"
+    with av.open(str(target)) as container:
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(16, 11)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_at_strength_0_brightness_is_what_it_was(tmp_path, full):
+    source, target = tmp_path / "a.mkv", tmp_path / "b.mkv"
+    levels = range(40, 220, 3)
+    with av.open(str(source), "w") as out:
+        stream = out.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.color_range, stream.codec_context.colorspace = 1 + full, 1
+        for level in levels:
+            image = av.VideoFrame(64, 48, "yuv420p")
+            for number, plane in enumerate(image.planes):
+                plane.update(np.full(plane.buffer_size, 128 if number else level, np.uint8))
+            image.color_range, image.colorspace = 1 + full, 1
+            out.mux(stream.encode(image))
+        out.mux(stream.encode(None))
+    assert restored(source, target, strength=0).status == "restored"
+    with av.open(str(target)) as container:
+        after = [np.asarray(image.to_ndarray())[:48].mean() for image in container.decode(video=0)]
+    wanted = [16 + level * 219 / 255 if full else level for level in levels]
+    assert abs(np.mean(np.subtract(after, wanted))) < 0.15
+    assert np.abs(np.subtract(after, wanted)).max() < 1.1
 
 
 def test_a_damaged_frame_is_named(tmp_path):
