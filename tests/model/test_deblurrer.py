@@ -74,9 +74,9 @@ def test_the_distill_stage_trains_the_prior_alone():
 def test_any_size_comes_back_at_its_size(size):
     model = small()
     perturb(model)
-    restored, prior, _ = model(image(1, 3, *size))
-    assert restored[-1].shape[-2:] == size
-    assert [tuple(r.shape[-2:]) for r in prior] == [tuple(-(-n // s) for n in size) for s in (4, 8, 16, 32)]
+    result = model(image(1, 3, *size))
+    assert result.restored[-1].shape[-2:] == size
+    assert [tuple(r.shape[-2:]) for r in result.prior] == [tuple(-(-n // s) for n in size) for s in (4, 8, 16, 32)]
 
 
 def test_padding_is_invisible_to_a_full_size_image():
