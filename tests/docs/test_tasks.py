@@ -54,7 +54,7 @@ def checkout(tmp_path: Path) -> Path:
             shutil.copy(ROOT / part, folder / part)
     for seed, part in enumerate(["train"] * 4 + ["val"] * 2):
         (folder / "my_photos" / part).mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(folder / "my_photos" / part / f"{seed}.jpg"), picture(seed, (200, 160)))
+        cv2.imwrite(str(folder / "my_photos" / part / f"{seed}.jpg"), picture(seed, (340, 300)))
     cv2.imwrite(str(folder / "blurry.jpg"), picture(9, (96, 64)))
     return folder
 

@@ -90,9 +90,11 @@ def test_an_experiment_that_is_killed_goes_on_and_is_written_up(runs, experiment
         Restorer.load(folder / "oracle-seed1", device="cpu")
     others = small_set(experiment.parent / "others", "train", 3)
     assert "training photographs" in run(runs, experiment, "--set", f"data.train={others}", status=1)
-    shutil.rmtree(folder / "taught-seed1")
-    said = run(runs, experiment, "--set", "train.ema=0.5", "--arm", "plugged", status=1)
-    assert "plugged-seed1: holds a run with other settings" in said
+    state = folder / "plugged-seed1" / "checkpoints" / "step-00000004" / "run.json"
+    facts = json.loads(state.read_text())
+    facts["origins"]["prior"]["digest"] = "of another prior"
+    state.write_text(json.dumps(facts))
+    assert "plugged-seed1: holds a run with other settings (prior)" in run(runs, experiment, "--list", status=1)
 
 
 def test_validation_pictures_among_the_training_ones_are_refused(runs, experiment, tmp_path):
