@@ -1,5 +1,6 @@
 """Rules of the whole test suite: benchmarks run only with --benchmark-only, tests only without it."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -17,6 +18,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = chosen
     # What takes minutes begins first, so that it does not run alone at the end of a parallel run.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_imported():
+    """A run in this process sends the program's log to its own console and file: no other test is to see that."""
+    for name in ("sharpprior", "sharpprior.data"):
+        log = logging.getLogger(name)
+        while log.handlers:
+            handler = log.handlers[0]
+            log.removeHandler(handler)
+            handler.close()
+        log.propagate = True
+        log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

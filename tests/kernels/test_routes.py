@@ -104,7 +104,6 @@ def test_the_tiled_route_reaches_the_launch_table():
 
 
 def test_an_unjudged_layout_is_turned_into_the_judged_one_and_an_unjudged_group_is_composed(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("sharpprior"), "propagate", True)
     use({ATTENTION: "triton"})
     dense, last = (attention_case((2, 24, 5, 3), 16, 4, channels_last=each)[0] for each in (False, True))
     with caplog.at_level(logging.WARNING):

@@ -53,8 +53,7 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
-    monkeypatch.setattr(log, "propagate", True)
+def said(caplog):
     caplog.set_level(logging.INFO, logger=log.name)
     return caplog
 
