@@ -18,6 +18,9 @@ from train import ROOT
 
 pytestmark = pytest.mark.slow
 PAGES = sorted((ROOT / "docs" / "tasks").glob("*.md"))
+# They need data sets, and a cluster: tests/train/cli/test_evaluate.py and tests/slurm/test_page.py run them.
+ELSEWHERE = ("evaluate", "cluster")
+HERE = [page for page in PAGES if page.stem not in ELSEWHERE]
 PARTS = ("train", "data", "model", "kernels", "configs", "tests", "docs", "sharpprior.py", "pyproject.toml")
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.M | re.S)
 
@@ -42,10 +45,8 @@ def picture(seed: int, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(small, size, interpolation=cv2.INTER_CUBIC)
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A copy of the checkout with the pictures and files that the pages name."""
-    folder = tmp_path / "checkout"
+def copied(folder: Path) -> Path:
+    """A copy of the checkout in a new folder, with the pictures and files that the pages name."""
     folder.mkdir()
     for part in PARTS:
         if (ROOT / part).is_dir():
@@ -59,6 +60,11 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return copied(tmp_path / "checkout")
+
+
 def environment(folder: Path, tools: Path) -> dict[str, str]:
     tools.mkdir()
     launcher = tools / "accelerate"
@@ -69,7 +75,7 @@ def environment(folder: Path, tools: Path) -> dict[str, str]:
     return kept | {"PATH": path, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.parametrize("page", HERE, ids=[page.stem for page in HERE])
 def test_every_command_of_a_page_works(page, checkout, tmp_path):
     found = blocks(page)
     if any("NAFNet-GoPro-width32.pth" in block.text for block in found):

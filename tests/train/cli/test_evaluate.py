@@ -14,6 +14,7 @@ from PIL import Image
 
 from data.image import psnr
 from data.prepare.layouts import LAYOUTS
+from tests.docs.test_tasks import blocks
 from tests.train.evaluate.trees import pairs_tree, tiny_model, tree, write_pair
 from tests.train.small_sets import small_set
 from train import ROOT
@@ -225,6 +226,21 @@ def test_mistakes_are_one_line(model, sharpprior, tmp_path, arguments, words):
     assert words in error
 
 
+def on_ranks(launcher: list[str], words: list[str]) -> tuple[int, str]:
+    """(status, errors) of the command under a launcher, as it is called from a shell."""
+    tools = os.path.dirname(sys.executable)
+    environment = {
+        **os.environ,
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [*launcher, "sharpprior", *words], env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stderr if done.returncode else ""
+
+
 def test_the_commands_of_the_page_work_as_written(model, sharpprior, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("train.evaluate.chosen.KERNELS", 1)
@@ -240,14 +256,17 @@ def test_the_commands_of_the_page_work_as_written(model, sharpprior, tmp_path, m
         (data / "mine" / kind).rename(data / "mine" / name)
     small_set(data / "val", "val", 1)
     monkeypatch.setenv("SHARPPRIOR_DATA", str(data))
-    gopro = "gopro:datasets/GOPRO_Large"
-    assert sharpprior("evaluate", "runs/other", "--data", gopro, "--partial", "-o", "results/other")[0] == 0
-    page = (ROOT / "docs" / "EVALUATION.md").read_text()
-    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    sharpprior ")]
-    assert len(commands) == 8
+    path = ROOT / "docs" / "tasks" / "evaluate.md"
+    page = path.read_text()
+    commands = [line for block in blocks(path) for line in block.text.splitlines()]
+    assert len(commands) == 10
     for command in commands:
-        small = ["--partial"] if "gopro" in str(command) or "realblur" in str(command) else []
-        status, _, error = sharpprior(*command, *(small if command[0] == "evaluate" else []))
+        launcher, _, words = command.rpartition("sharpprior ")
+        small = ["--partial"] if "gopro:" in words or "realblur" in words else []
+        if launcher:
+            status, error = on_ranks(launcher.split(), [*words.split(), *small])
+        else:
+            status, _, error = sharpprior(*words.split(), *small)
         assert (status, error) == (0, ""), command
     written = {path.name for path in (tmp_path / "results" / "gopro").iterdir()}
     for name in ("results.json", "pictures.csv", "report.html", "report.md", "panel.png", "yardsticks.json"):
