@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.names import choose
-from train.evaluate import fidelity, perceptual
+from train.evaluate import blind, fidelity, perceptual
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -76,6 +76,15 @@ METRICS = {
         "features",
         "distance of EfficientNet-Lite0's unit-length features, lower is better",
         digits=4,
+        better="lower",
+        scope="full",
+    ),
+    "blur": Metric(
+        blind.blur,
+        "blur",
+        "perceived blur (Crete et al. 2007): it needs no sharp picture and takes false edges for sharpness; lower is "
+        "better",
+        digits=3,
         better="lower",
         scope="full",
     ),

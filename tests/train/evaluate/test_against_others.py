@@ -111,6 +111,21 @@ def lite0_distance(restored: np.ndarray, sharp: np.ndarray) -> float:
     return total
 
 
+def crete_blur(restored: np.ndarray, sharp: np.ndarray) -> float:
+    """The paper's steps with scipy's convolutions: gradients before and after a box of 11 px along each axis."""
+    from scipy.ndimage import convolve, convolve1d
+
+    luma = (restored.astype(np.float64) / 255) @ np.array([0.2125, 0.7154, 0.0721])
+    across, along = np.array([1.0, 2.0, 1.0]) / 4, np.array([1.0, 0.0, -1.0]) / 2
+    values = []
+    for axis in (0, 1):
+        window = np.outer(along, across) if axis == 0 else np.outer(across, along)
+        low = convolve1d(luma, np.full(11, 1 / 11), axis=axis)
+        before, after = (np.abs(convolve(image, window))[2:-1, 2:-1] for image in (luma, low))
+        values.append((before.sum() - np.maximum(0, before - after).sum()) / before.sum())
+    return max(values)
+
+
 @lru_cache(maxsize=1)
 def lite0() -> Teacher:
     return Teacher("efficientnet_lite0", precision="fp32")
@@ -123,6 +138,7 @@ OTHERS = {
     "gms": lambda restored, sharp: gradient_similarity(restored, sharp).mean(),
     "gmsd": lambda restored, sharp: gradient_similarity(restored, sharp).std(ddof=1),
     "features": lite0_distance,
+    "blur": crete_blur,
 }
 BOUNDS = dict.fromkeys(OTHERS, 1e-10) | {"features": 1e-5}
 
