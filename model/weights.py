@@ -1,6 +1,7 @@
 """Where an encoder's weights come from: an installed package, timm's own source (cache first), or a file."""
 
 import importlib
+import importlib.metadata
 import os
 import ssl
 import urllib.error
@@ -33,6 +34,17 @@ CONNECT_SECONDS = 10.0
 def timm_name(name: str) -> str:
     """Return timm's name of a network that may be called by its weights package's."""
     return PACKAGED[name][0] if name in PACKAGED else name
+
+
+def packaged(name: str) -> bool:
+    """Whether a network's ImageNet weights are an installed package."""
+    if name not in PACKAGED:
+        return False
+    try:
+        importlib.metadata.distribution(PACKAGED[name][1])
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def load_weights(net: nn.Module, name: str, weights: str) -> None:

@@ -57,6 +57,9 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(help="fp32 or bf16; default: what the model was trained with.")
     ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="A metric beside those that are always measured, such as classes.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that align RealBlur's pictures; default: one a core.")
     ] = None,
@@ -99,7 +102,7 @@ def evaluate(
     folder = out or default_folder(model.source, pairs, describe(model.source))
     cores = max(1, len(os.sched_getaffinity(0)) // int(found["LOCAL_WORLD_SIZE"]))
     shared = {"workers": workers or cores, "rank": rank, "world": world}
-    how = Settings(tile=_tile(tile), precision=precision, save=save, **shared)
+    how = Settings(tile=_tile(tile), precision=precision, also=tuple(also or ()), save=save, **shared)
     evaluation = Evaluating(model, pairs, folder, where, how, overwrite=overwrite)
     todo = len(evaluation.todo())
     if rank == 0:

@@ -28,8 +28,8 @@ class Metric(NamedTuple):
     """A metric of (restored, sharp), both uint8 RGB [B, 3, H, W] on one device → float64 [B] on the CPU.
 
     label, note: what reports call it and say of it; digits behind the point; cap: larger values count as this one, as
-    infinity has no mean; better: higher or lower; scope: every (in training's evaluations too) or full (in
-    `sharpprior evaluate` alone); here: whether it can be computed on this machine.
+    infinity has no mean; better: higher or lower; scope: every (in training's evaluations too), full (in
+    `sharpprior evaluate` alone) or asked (there, with `--also`); here: whether it can be computed on this machine.
     """
 
     measure: Callable[[Tensor, Tensor], Tensor]
@@ -38,7 +38,7 @@ class Metric(NamedTuple):
     digits: int
     cap: float = inf
     better: Literal["higher", "lower"] = "higher"
-    scope: Literal["every", "full"] = "every"
+    scope: Literal["every", "full", "asked"] = "every"
     here: Callable[[], bool] = lambda: True
 
 
@@ -88,6 +88,14 @@ METRICS = {
         better="lower",
         scope="full",
     ),
+    "classes": Metric(
+        perceptual.classes,
+        "classes",
+        "agreement of EfficientNet-Lite2's class probabilities, 1 where it sees the same in both pictures",
+        digits=3,
+        scope="asked",
+        here=perceptual.classes_here,
+    ),
     "lpips": Metric(
         perceptual.lpips,
         "LPIPS",
@@ -111,10 +119,14 @@ METRICS = {
 AT_ONCE = 2**22  # pixels of pictures measured together on a GPU: what their fp64 maps need stays below a GiB
 
 
-def metric_names(scope: Literal["every", "full"] = "every") -> tuple[str, ...]:
-    """The metrics of a scope that can be computed here, in the table's order; full has those of every too."""
+def metric_names(scope: Literal["every", "full"] = "every", also: Sequence[str] = ()) -> tuple[str, ...]:
+    """The metrics of a scope that can be computed here, in the table's order, and those that are asked for beside them;
+    full has those of every too. ValueError where one that is asked for is unknown, or cannot be computed here."""
+    for name in also:
+        if not METRICS[choose("metric", name, METRICS)].here():
+            raise ValueError(f"metric {name} is not here: docs/METRICS.md says which package and weights it needs")
     wanted = ("every",) if scope == "every" else ("every", "full")
-    return tuple(name for name, metric in METRICS.items() if metric.scope in wanted and metric.here())
+    return tuple(name for name, metric in METRICS.items() if name in also or (metric.scope in wanted and metric.here()))
 
 
 @torch.no_grad()

@@ -46,11 +46,12 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class Settings:
     """How pictures are restored and what is kept. tile: side in px, whole, or auto (whole where memory allows);
-    precision: fp32 or bf16, None as the model was trained. save: keep every restored picture as a PNG. rank, world: of
-    the processes that share the pictures."""
+    precision: fp32 or bf16, None as the model was trained. also: metrics beside those that are always measured. save:
+    keep every restored picture as a PNG. rank, world: of the processes that share the pictures."""
 
     tile: int | Literal["auto", "whole"] = "auto"
     precision: str | None = None
+    also: tuple[str, ...] = ()
     save: bool = False
     workers: int = 1
     rank: int = 0
@@ -90,7 +91,7 @@ class Evaluating:
         precision = how.precision or ("bf16" if model.config.engine.precision == "bf16" else "fp32")
         if precision not in PRECISIONS:
             raise ValueError(f"--precision {precision}: one of {', '.join(PRECISIONS)}")
-        names = metric_names("full")
+        names = metric_names("full", how.also)
         state = loss_state(model.source) if pairs.whole and model.config.model.prior else None
         if state is None:  # without a teacher it would restore blind, by a prior that was never trained
             what = "evaluate its run or checkpoint on validation crops, whose sharp pictures its teacher sees"

@@ -1,5 +1,5 @@
-"""Distances of pictures as networks see them: on the default teacher, always here; LPIPS and DISTS where their packages
-are installed and their backbones' weights lie in torch's cache. Nothing is ever downloaded."""
+"""How near pictures are as networks see them: on the default teacher, always here; by the classes of another network,
+LPIPS and DISTS where packages and weights are installed or lie in torch's cache. Nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from model.teacher import Teacher
+from model.weights import packaged
 
+CLASSIFIER = "efficientnet_lite2"  # of `classes`: it teaches only where a configuration names it
+KEPT = 2**21  # pixels of a sharp picture whose features are kept for the next picture to be compared with it
+Seen = TypeVar("Seen")
 # What torchvision calls the files that the two packages' backbones are read from.
 ALEXNET, VGG16 = "alexnet-owt-7be5be79.pth", "vgg16-397923af.pth"
 
@@ -27,12 +33,20 @@ def features(restored: Tensor, sharp: Tensor) -> Tensor:
     unit length over their channels, and the squared differences summed over channels, averaged over places, summed over
     levels. Comparable only with itself. fp32.
     """
-    network = _lite0(sharp.device)
+    network = _teacher("efficientnet_lite0", sharp.device)
     total = torch.zeros(len(sharp), dtype=torch.float64)
-    for first, second in zip(network(_unit(restored)), network(_unit(sharp)), strict=True):
+    for first, second in zip(network(_unit(restored)), _once(network, sharp), strict=True):
         first, second = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in (first, second))
         total += (first - second).square().sum(1).mean(dim=(1, 2)).double().cpu()
     return total
+
+
+def classes(restored: Tensor, sharp: Tensor) -> Tensor:
+    """Agreement of an independent classifier, EfficientNet-Lite2, on uint8 RGB [B, 3, H, W] → float64 [B] on the CPU:
+    Σ min(p, q) of its class probabilities of the two pictures, 1 where it sees the same, 0 where nothing is shared.
+    ValueError where `classes_here` is false."""
+    classify = _teacher(CLASSIFIER, sharp.device).classify
+    return torch.minimum(classify(_unit(restored)), _once(classify, sharp)).double().sum(1).cpu()
 
 
 def lpips(restored: Tensor, sharp: Tensor) -> Tensor:
@@ -47,6 +61,11 @@ def dists(restored: Tensor, sharp: Tensor) -> Tensor:
     authors' package. ValueError where `dists_here` is false."""
     network = _dists(sharp.device, _cached(VGG16))
     return network(_unit(restored), _unit(sharp)).reshape(-1).double().cpu()
+
+
+def classes_here() -> bool:
+    """Whether the classifier's weights are installed."""
+    return packaged(CLASSIFIER)
 
 
 def lpips_here() -> bool:
@@ -67,9 +86,23 @@ def _unit(image: Tensor) -> Tensor:
     return image.float().div(255)
 
 
-@lru_cache(maxsize=2)
-def _lite0(device: torch.device) -> nn.Module:
-    return Teacher("efficientnet_lite0", precision="fp32").to(device)
+@lru_cache(maxsize=4)
+def _teacher(name: str, device: torch.device) -> Teacher:
+    return Teacher(name, precision="fp32").to(device)
+
+
+_last: dict[Callable, tuple[Tensor, object]] = {}
+
+
+def _once(network: Callable[[Tensor], Seen], sharp: Tensor) -> Seen:
+    """network of the sharp picture, which several are compared with one after another: the last answer is kept."""
+    if sharp.shape[0] * sharp.shape[-2] * sharp.shape[-1] > KEPT:
+        return network(_unit(sharp))
+    picture, seen = _last.get(network, (None, None))
+    if picture is None or picture.shape != sharp.shape or not torch.equal(picture, sharp):
+        seen = network(_unit(sharp))
+        _last[network] = (sharp.clone(), seen)
+    return seen
 
 
 @lru_cache(maxsize=2)

@@ -47,6 +47,8 @@ class Experiment(BaseModel):
     first: dict[str, Arm] = Field(default_factory=dict)
     """Runs that are made once, before the arms, such as a prior that several arms take."""
     arms: dict[str, Arm] = Field(min_length=1)
+    also: list[str] = []
+    """Metrics beside those that `sharpprior evaluate` always measures."""
     reference: str | None = None
     """The arm that the others are compared with; None: the first."""
     oracle: str | None = None
@@ -79,6 +81,7 @@ class Trial:
     config: str
     settings: tuple[str, ...]
     needs: str | None = None
+    also: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -141,7 +144,7 @@ def trials(
             own = ["model.prior=true", f"model.prior_from={source}", "train.distill_steps=0", *own]
         place = [f"run.root={root}", f"run.name={name}-seed{seed}", f"run.seed={seed}"]
         needs = f"{arm.prior}-seed{experiment.seeds[0]}" if arm.prior else None
-        return Trial(name, seed, config, (*shared, *own, *overrides, *place), needs)
+        return Trial(name, seed, config, (*shared, *own, *overrides, *place), needs, tuple(experiment.also))
 
     for name, arm in experiment.first.items():
         yield made(name, arm, experiment.seeds[0])

@@ -14,6 +14,7 @@ from data.blur import TIERS
 from data.files import write_atomically
 from train.config.patches import phases
 from train.config.schema import Config
+from train.evaluate.metrics import METRICS
 from train.evaluate.results import read_results
 from train.experiments.plan import Experiment, Trial
 from train.experiments.runner import RESULTS, finished
@@ -144,6 +145,8 @@ def write_report(path: Path, name: str, experiment: Experiment, made: Sequence[M
         ]
         lines += ["## Gain over the best trivial way, dB", "", *_gain_table(experiment, arms, best), ""]
         lines += ["## Against the reference, picture by picture, dB", "", *_paired_table(experiment, arms), ""]
+        for metric in shown_beside(experiment, arms):
+            lines += [f"## {METRICS[metric].label}", "", *_metric_table(metric, arms), ""]
         draw(path.with_suffix(".png"), experiment, arms)
         lines += [f"![loss and validation over the steps]({path.stem}.png)", ""]
     lines += ["## The prior's similarity to the teacher of the sharp picture", "", *similarity_table(made), ""]
@@ -199,6 +202,31 @@ def _paired_table(experiment: Experiment, arms: Mapping[str, Sequence[Made]]) ->
         "",
         "In brackets the 95 % bootstrap interval over photographs, and over seeds where there are several.",
     ]
+
+
+def shown_beside(experiment: Experiment, arms: Mapping[str, Sequence[Made]]) -> list[str]:
+    """The metrics that have a table of their own: what the eye is nearer to than PSNR, and what was asked for."""
+    some = [next(iter(made.pictures.values()))["restored"] for runs in arms.values() for made in runs]
+    names = dict.fromkeys(["features", "blur", *experiment.also])
+    return [name for name in names if all(name in measured for measured in some)]
+
+
+def _metric_table(metric: str, arms: Mapping[str, Sequence[Made]]) -> list[str]:
+    tiers, digits = _tiers(arms), METRICS[metric].digits
+    some = next(iter(arms.values()))[0].pictures.values()
+    before = [np.mean([each[INPUT][metric] for each in some if each["tier"] == tier]) for tier in tiers]
+    lines = [f"| arm | {' | '.join(tiers)} |", "|---|" + "---:|" * len(tiers)]
+    lines.append("| blurry input | " + " | ".join(f"{value:.{digits}f}" for value in before) + " |")
+    for arm, runs in arms.items():
+        cells = []
+        for tier in tiers:
+            means = [
+                float(np.mean([each["restored"][metric] for each in made.pictures.values() if each["tier"] == tier]))
+                for made in runs
+            ]
+            cells.append(_spread(means, digits=digits))
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return [*lines, "", f"{METRICS[metric].note[0].upper()}{METRICS[metric].note[1:]}."]
 
 
 def _verdicts(experiment: Experiment, arms: Mapping[str, Sequence[Made]], best: Mapping[str, str]) -> list[str]:
@@ -268,9 +296,9 @@ def similarity_table(made: Sequence[Made]) -> list[str]:
     return [*lines, "is above the untouched teacher's of the blurry picture."]
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.3f}{spread}"
+def _spread(values: Sequence[float], sign: str = "", digits: int = 3) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
 
 
 def _settings(experiment: Experiment, made: Sequence[Made]) -> list[str]:

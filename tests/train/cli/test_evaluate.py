@@ -31,6 +31,17 @@ def results(folder) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+def test_a_metric_that_is_asked_for_is_in_results_and_reports(model, sharpprior, tmp_path):
+    pairs, out = pairs_tree(tmp_path / "pairs", 2), tmp_path / "out"
+    status, _, error = sharpprior("evaluate", model, "--data", f"pairs:{pairs}", "--also", "classes", "-o", out)
+    assert (status, error) == (0, "")
+    assert all(0 <= each["restored"]["classes"] <= 1 for each in results(out)["pictures"])
+    assert "EfficientNet-Lite2" in (out / "report.html").read_text()
+    status, _, error = sharpprior("evaluate", model, "--data", f"pairs:{pairs}", "--also", "clases", "-o", out)
+    assert status == 1
+    assert "did you mean classes" in error
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "folder"])
 def test_every_layout_is_evaluated_as_released(model, sharpprior, tmp_path, layout):
     root, out = tree(layout, tmp_path / "data", LAYOUTS[layout].tested), tmp_path / "out"

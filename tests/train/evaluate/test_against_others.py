@@ -126,9 +126,34 @@ def crete_blur(restored: np.ndarray, sharp: np.ndarray) -> float:
     return max(values)
 
 
+def shared_classes(restored: np.ndarray, sharp: np.ndarray) -> float:
+    """From PIL's resizing of floating-point planes, timm's numbers and a softmax in fp64."""
+    from PIL import Image
+
+    network = lite2().encoder.net
+    facts = network.pretrained_cfg
+    side, mean, std = facts["input_size"][-1], np.array(facts["mean"]), np.array(facts["std"])
+    shorter = math.floor(side / facts["crop_pct"])
+    probabilities = []
+    for image in (restored, sharp):
+        height, width = (round(length * shorter / min(image.shape[:2])) for length in image.shape[:2])
+        planes = [Image.fromarray(plane.astype(np.float32) / 255) for plane in image.transpose(2, 0, 1)]
+        large = np.stack([np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes], -1)
+        top, left = (height - side) // 2, (width - side) // 2
+        seen = (large.clip(0, 1)[top : top + side, left : left + side] - mean) / std
+        logits = network(torch.from_numpy(seen.transpose(2, 0, 1)[None].astype(np.float32)))[0].double().numpy()
+        probabilities.append(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
+    return float(1 - np.abs(probabilities[0] - probabilities[1]).sum() / 2)
+
+
 @lru_cache(maxsize=1)
 def lite0() -> Teacher:
     return Teacher("efficientnet_lite0", precision="fp32")
+
+
+@lru_cache(maxsize=1)
+def lite2() -> Teacher:
+    return Teacher("efficientnet_lite2", precision="fp32")
 
 
 OTHERS = {
@@ -139,8 +164,9 @@ OTHERS = {
     "gmsd": lambda restored, sharp: gradient_similarity(restored, sharp).std(ddof=1),
     "features": lite0_distance,
     "blur": crete_blur,
+    "classes": shared_classes,
 }
-BOUNDS = dict.fromkeys(OTHERS, 1e-10) | {"features": 1e-5}
+BOUNDS = dict.fromkeys(OTHERS, 1e-10) | {"features": 1e-5, "classes": 1e-4}
 
 
 def largest_difference(name: str) -> float:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data.image import psnr
+from train.evaluate import perceptual
 from train.evaluate.metrics import METRICS, as_picture, bootstrap_mean_interval, measured, metric_names, to_uint8
 from train.evaluate.report import tier_lines, tier_table, write_report
 from train.evaluate.scores import Evaluation, Score, merge
@@ -55,7 +56,10 @@ def test_ssim_of_a_picture_with_itself_is_1_and_falls_with_noise():
     assert near > 0
 
 
-@pytest.mark.parametrize("name", metric_names("full"))
+HERE = [name for name, metric in METRICS.items() if metric.here()]
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_every_metric_of_the_table_keeps_the_contract(name, tmp_path):
     """A row is all that a new metric needs: this runs over the table."""
     metric, sharp = METRICS[name], picture(0)
@@ -68,7 +72,9 @@ def test_every_metric_of_the_table_keeps_the_contract(name, tmp_path):
     assert near < same if metric.better == "higher" else near > same
     assert (worse == kept).all()  # the pictures are left alone
     (alone,) = measured(batch(worse), batch(sharp), names)
-    assert alone[name] == pytest.approx(near, abs=1e-12 if name not in ("features", "lpips", "dists") else 1e-5)
+    assert alone[name] == pytest.approx(
+        near, abs=1e-12 if name not in ("features", "classes", "lpips", "dists") else 1e-5
+    )
     evaluation = Evaluation([Score("a", "severe", 40.0, first, second)])
     (row,) = evaluation.record()["tiers"]
     assert (row[f"input_{name}"], row[f"restored_{name}"]) == (near, same)
@@ -91,6 +97,31 @@ def test_every_metric_of_the_table_keeps_the_contract(name, tmp_path):
 def test_what_cannot_be_measured_is_refused(first, second, names, told):
     with pytest.raises(ValueError, match=told):
         measured(first, second, names)
+
+
+def test_features_of_the_last_sharp_picture_are_kept_for_that_picture_alone():
+    first, second = picture(0), picture(1)
+    worse = [cv2.GaussianBlur(each, (0, 0), 1.0) for each in (first, second)]
+    alone = [
+        perceptual.features(batch(blurry), batch(sharp)) for blurry, sharp in zip(worse, (first, second), strict=True)
+    ]
+    for blurry, sharp, expected in [(0, 0, 0), (1, 1, 1), (0, 0, 0)]:
+        found = perceptual.features(batch(worse[blurry]), batch((first, second)[sharp]))
+        assert torch.equal(found, alone[expected])
+    changed = batch(second)
+    perceptual.features(batch(worse[1]), changed)
+    changed.copy_(batch(first))  # another picture in the same memory
+    assert torch.equal(perceptual.features(batch(worse[0]), changed), alone[0])
+
+
+def test_a_metric_that_is_asked_for_is_measured_or_refused(monkeypatch):
+    assert "classes" not in metric_names("full")
+    assert "classes" in metric_names("full", ["classes"])
+    with pytest.raises(ValueError, match="did you mean classes"):
+        metric_names("full", ["class"])
+    monkeypatch.setitem(METRICS, "classes", METRICS["classes"]._replace(here=lambda: False))
+    with pytest.raises(ValueError, match="metric classes is not here"):
+        metric_names("full", ["classes"])
 
 
 def test_training_measures_less_than_evaluate():

@@ -47,6 +47,25 @@ def test_differences_are_of_the_same_picture_and_seed():
     assert paired(one, other[1:], "severe") is None
 
 
+def test_metrics_beside_psnr_have_tables_where_every_run_has_them(tmp_path):
+    runs = [made(arm, seed, 0.5) for arm in ("bare", "mine") for seed in (0, 1)]
+    for run in runs:
+        for each in run.pictures.values():
+            each["input"] |= {"blur": 0.75, "classes": 0.25}
+            each["restored"] |= {"blur": 0.5 + 0.125 * run.trial.seed, "classes": 0.375}
+    experiment = Experiment(title="T", config="base.yaml", arms={"bare": {}, "mine": {}}, also=["classes"])
+    write_report(tmp_path / "t.md", "t", experiment, runs, 4)
+    text = (tmp_path / "t.md").read_text()
+    assert "## blur\n\n| arm | severe | extreme |" in text
+    assert "| blurry input | 0.750 | 0.750 |\n| bare | 0.562 ± 0.088 | 0.562 ± 0.088 |" in text
+    assert "## classes" in text
+    assert "## features" not in text
+    for each in runs[-1].pictures.values():  # a run of before
+        del each["restored"]["classes"]
+    write_report(tmp_path / "t.md", "t", experiment, runs, 4)
+    assert "## classes" not in (tmp_path / "t.md").read_text()
+
+
 def test_seeds_that_disagree_widen_the_interval():
     """Two arms that differ by chance, run by run, are not told apart, however many pictures there are."""
     arm, reference = ([made(name, seed, 0.5 + off) for seed, off in enumerate(offs)] for name, offs in
