@@ -2,14 +2,19 @@
 
 import contextlib
 import io
+import logging
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data.errors import DataError
+
+log = logging.getLogger("sharpprior.data")
 
 ORIENTATION = 0x0112
 _FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")  # not those that start other programs
@@ -34,18 +39,19 @@ class Stored:
 
 def read_stored(data: bytes, where: str) -> Stored:
     """Read an encoded picture. DataError, naming `where`, if it is of an unknown kind, has several pages, holds other
-    than 8 or 16 bits a channel, or does not decode."""
+    than 8 or 16 bits a channel, or does not decode. Exif that does not read is left out, with a warning."""
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with _quietly(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             # Phones put a preview or a depth map behind the photograph (MPO): the photograph comes first.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             kind, bits = image.format, _bits(data, image)
-            orientation = image.getexif().get(ORIENTATION, 1)  # a TIFF's is gone once it is loaded
+            orientation = _orientation(image)
             if bits in (8, 16):
                 image.load()
             icc = image.info.get("icc_profile")
-            upright = None if bits != 8 else ImageOps.exif_transpose(image)
-            exif = _kept(image.getexif())
+            if bits == 8:
+                pixels, orientation = image.copy(), _orientation(image)  # Pillow turns TIFFs itself when it loads them
+            exif = _exif(image, where)
     except Image.DecompressionBombError:
         raise DataError(f"{where}: more than {MOST_PIXELS / 1e6:.0f} million pixels; cut it into parts") from None
     except MemoryError:
@@ -61,13 +67,13 @@ def read_stored(data: bytes, where: str) -> Stored:
         raise DataError(f"{where}: {_FLOATING}")
     if bits == 16:
         return _split(upright_array(_read_deep(data, kind, where), orientation), icc, exif)
-    if upright.mode not in ("L", "LA", "RGB", "RGBA") or "transparency" in upright.info:
-        has_alpha = "transparency" in upright.info or upright.mode in ("PA", "La", "RGBa")
-        if upright.mode not in ("RGB", "L", "RGBa", "La"):
+    if pixels.mode not in ("L", "LA", "RGB", "RGBA") or "transparency" in pixels.info:
+        has_alpha = "transparency" in pixels.info or pixels.mode in ("PA", "La", "RGBa")
+        if pixels.mode not in ("RGB", "L", "RGBa", "La"):
             icc = None  # the profile describes inks, Lab or a palette, not the colours that are returned
-        grey = upright.mode in ("1", "L", "La")
-        upright = upright.convert(("L" if grey else "RGB") + "A" * has_alpha)
-    return _split(np.asarray(upright), icc, exif)
+        grey = pixels.mode in ("1", "L", "La")
+        pixels = pixels.convert(("L" if grey else "RGB") + "A" * has_alpha)
+    return _split(upright_array(np.asarray(pixels), orientation), icc, exif)
 
 
 _FLOATING = "floating-point pixels, or more than 16 bits a channel; convert the picture to 8 or 16 bits"
@@ -91,6 +97,42 @@ def _bits(data: bytes, image: Image.Image) -> int:
         depth = max(np.atleast_1d(tags.get(258, 1)))
         return 8 if depth <= 8 else int(depth)
     return 32 if image.mode in ("F", "I") else 8
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Pillow's warnings of broken Exif, which is told with what is left out of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1 where none is recorded, or what is recorded is none."""
+    try:
+        with _quietly():
+            value = int(image.getexif().get(ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception:  # of many types: Pillow's reader of Exif checks little
+        return 1
+    return value if 1 <= value <= 8 else 1
+
+
+def _exif(image: Image.Image, where: str) -> bytes | None:
+    """What is kept of a picture's Exif; None, with a warning, where it does not read: the pixels do."""
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            kept = _kept(image.getexif())
+        if said:
+            log.warning("%s: its Exif is damaged: what does not read of it is left out", where)
+        return kept
+    except MemoryError:
+        raise
+    except Exception as error:
+        log.warning("%s: its Exif does not read (%s: %s): it is left out", where, type(error).__name__, error)
+        return None
 
 
 def _kept(exif: Image.Exif) -> bytes | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,8 @@ from data.errors import DataError
 from data.files import write_atomically
 from data.picture import read_stored
 from train.restore.tiff import encode_tiff
+
+log = logging.getLogger("sharpprior")
 
 READABLE = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
 WRITABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
@@ -83,7 +86,7 @@ def _header(data: bytes) -> tuple[str, int, int]:
     """(suffix, width, height) that the file's first bytes say; of what is no picture, nothing."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
                 return KINDS.get(image.format or "", ".png"), *image.size
     except Exception:  # of many types; what is wrong with it is told when it is decoded
@@ -103,15 +106,22 @@ def write_picture(path: Path, picture: Picture, *, overwrite: bool = False) -> N
 
 
 def encode(picture: Picture, suffix: str, where: str) -> bytes:
-    """The bytes of a file of this kind. PictureError where it cannot hold the picture (a side too long for JPEG)."""
+    """The bytes of a file of this kind. PictureError where it cannot hold the picture (a side too long for JPEG); Exif
+    that it cannot hold is left out, with a warning."""
     suffix = suffix.lower()
     deep = picture.colour.dtype == np.uint16 and suffix in SIXTEEN_BIT
     array = _to_array(picture, deep, alpha=suffix not in (".jpg", ".jpeg"), spread=suffix == ".png")
     try:
-        if suffix in (".tif", ".tiff"):
-            return encode_tiff(array, picture.icc, picture.exif)
-        return _deep_png(array, picture) if deep else _plain(array, suffix, picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged Exif, told when it was read
+            if suffix in (".tif", ".tiff"):
+                return encode_tiff(array, picture.icc, picture.exif)
+            return _deep_png(array, picture) if deep else _plain(array, suffix, picture)
     except Exception as error:  # of many types, for odd Exif too
+        if picture.exif is not None:
+            data = encode(replace(picture, exif=None), suffix, where)  # where that fails too, that is what is told
+            log.warning("%s: its Exif cannot be written (%s): it is left out", where, one_line(error))
+            return data
         raise PictureError(f"{where}: cannot be written: {one_line(error)}") from None
 
 
