@@ -110,13 +110,25 @@ class Fuse(nn.Module):
         return first + second
 
 
-class Resample(nn.Module):
-    """Bilinear scaling by `scale`, then a 3×3 convolution to `outputs` channels."""
+class Scale(nn.Module):
+    """Bilinear scaling by up / down. The size is told as integers, which an export for any size can reason about."""
 
-    def __init__(self, inputs: int, outputs: int, scale: float) -> None:
+    def __init__(self, up: int, down: int) -> None:
+        super().__init__()
+        self.up, self.down = up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [side * self.up // self.down for side in x.shape[-2:]]
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class Resample(nn.Module):
+    """Bilinear scaling by up / down, then a 3×3 convolution to `outputs` channels."""
+
+    def __init__(self, inputs: int, outputs: int, *, up: int = 1, down: int = 1) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Upsample(scale_factor=scale, mode="bilinear", align_corners=False),
+            Scale(up, down),
             nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
         )
 
@@ -157,16 +169,16 @@ class FFTformer(nn.Module):
         self.embed_points = {"bottleneck": (4 * dim, 4), "decoder2": (2 * dim, 2)}
         self.patch_embed = OverlapPatchEmbed(dim)
         self.encoder_level1 = stack(FeedForwardBlock, dim, num_blocks[0])
-        self.down1_2 = Resample(dim, 2 * dim, 0.5)
+        self.down1_2 = Resample(dim, 2 * dim, down=2)
         self.encoder_level2 = stack(FeedForwardBlock, 2 * dim, num_blocks[1])
-        self.down2_3 = Resample(2 * dim, 4 * dim, 0.5)
+        self.down2_3 = Resample(2 * dim, 4 * dim, down=2)
         self.encoder_level3 = stack(FeedForwardBlock, 4 * dim, num_blocks[2])
         self.decoder_level3 = stack(TransformerBlock, 4 * dim, num_blocks[2])
-        self.up3_2 = Resample(4 * dim, 2 * dim, 2)
+        self.up3_2 = Resample(4 * dim, 2 * dim, up=2)
         self.reduce_chan_level2 = nn.Module()  # a convolution's place in the state dict: see above
         self.reduce_chan_level2.register_buffer("weight", torch.zeros(2 * dim, 4 * dim, 1, 1))
         self.decoder_level2 = stack(TransformerBlock, 2 * dim, num_blocks[1])
-        self.up2_1 = Resample(2 * dim, dim, 2)
+        self.up2_1 = Resample(2 * dim, dim, up=2)
         self.decoder_level1 = stack(TransformerBlock, dim, num_blocks[0])
         self.refinement = stack(TransformerBlock, dim, num_refinement_blocks)
         self.fuse2 = Fuse(2 * dim)

@@ -52,7 +52,7 @@ class WindowAttention(nn.Module):
         bias = rearrange(bias, "n m head -> 1 head n m")
         if separate is not None:
             bias = bias + separate[:, None]
-            bias = bias.expand(len(q) // len(bias), *bias.shape).flatten(0, 1)
+            bias = bias.expand(q.shape[0] // bias.shape[0], *bias.shape).flatten(0, 1)  # len() would want a number
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return self.proj(rearrange(out, "N head n d -> N n (head d)"))
 
@@ -114,7 +114,7 @@ class LeWinTransformerBlock(nn.Module):
             separate = separated(x.shape[1], x.shape[2], side, self.shift, x.device)
         windows = rearrange(x, "b (y p) (x q) c -> (b y x) (p q) c", p=side, q=side)
         windows = self.attn(self.modulator(windows), separate)
-        x = rearrange(windows, "(b y x) (p q) c -> b (y p) (x q) c", b=len(x), y=rows, p=side)
+        x = rearrange(windows, "(b y x) (p q) c -> b (y p) (x q) c", b=x.shape[0], y=rows, p=side)
         return x.roll((self.shift, self.shift), dims=(1, 2)) if self.shift else x
 
 

@@ -134,19 +134,27 @@ def traced(program: Core) -> torch.export.ExportedProgram:
 
 def onnx_program(network: Deblurrer, facts: dict[str, str]) -> bytes:
     """The bytes of an ONNX model that takes what `Program` takes; `facts` become its metadata. ValueError without the
-    packages."""
+    packages, or where ONNX lacks what the network computes."""
     try:
         import onnx
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError:
         raise ValueError("ONNX needs three packages more: pip install 'sharpprior[onnx]'") from None
     exported = traced(Core(network))
-    with _quiet():
-        # Its optimizer takes minutes over sizes that are not known; ONNX Runtime does the same when it loads.
-        program = torch.onnx.export(
-            exported, dynamo=True, opset_version=OPSET, input_names=["padded"], output_names=["whole"],
-            optimize=False, verbose=False,
-        )  # fmt: skip
+    try:
+        with _quiet():
+            # Its optimizer takes minutes over sizes that are not known; ONNX Runtime does the same when it loads.
+            program = torch.onnx.export(
+                exported, dynamo=True, opset_version=OPSET, input_names=["padded"], output_names=["whole"],
+                optimize=False, verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # of many types, pages long, with the reason at their root
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        raise ValueError(
+            f"the network cannot be written as ONNX ({str(root).splitlines()[0][:200]}): --format torch may do"
+        ) from error
     model = program.model_proto
     _pad_and_crop(model.graph, network.multiple)
     for key, text in facts.items():

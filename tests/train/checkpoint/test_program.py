@@ -18,6 +18,8 @@ SIZES = ((97, 131), (64, 200), (34, 33))
 NETWORKS = {
     "unet": {"name": "unet", "width": 8, "blocks": [1, 1]},
     "nafnet": {"name": "nafnet", **SMALL["nafnet"]},
+    "uformer": {"name": "uformer", **SMALL["uformer"], "depths": [1, 1, 1, 1, 1, 1, 1, 1, 2]},
+    "fftformer": {"name": "fftformer", **SMALL["fftformer"]},
 }
 RANDOM = {"weights": "random"}
 PRIOR = {"student": {"name": "light", "width": 8}, "teacher": RANDOM, "levels": 2, "spe": {"dim": 8, "groups": 2}}
@@ -65,6 +67,25 @@ def test_programs_of_both_kinds_equal_the_network_at_any_size(sharpprior, tmp_pa
         torch.testing.assert_close(program(image), wanted, rtol=0, atol=1e-4)
         (restored,) = session.run(["restored"], {"blurry": image.numpy()})
         np.testing.assert_allclose(restored, wanted.numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["uformer", "fftformer"])
+def test_networks_of_windows_and_of_spectra_are_programs_of_any_size_too(sharpprior, tmp_path, name):
+    file = model(tmp_path, name)
+    assert sharpprior("export", file, "-o", tmp_path / "a.pt2", "--format", "torch")[0] == 0
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    for number, size in enumerate(SIZES):
+        image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(number))
+        torch.testing.assert_close(program(image), expected(file, image), rtol=0, atol=1e-4)
+
+
+def test_onnx_without_what_a_network_computes_is_one_line(sharpprior, tmp_path):
+    file = model(tmp_path, "fftformer")  # of complex numbers
+    status, _, error = sharpprior("export", file, "-o", tmp_path / "a.onnx", "--format", "onnx")
+    assert (status, len(error.strip().splitlines())) == (1, 1), error
+    assert "cannot be written as ONNX (" in error
+    assert "--format torch" in error
+    assert not (tmp_path / "a.onnx").exists()
 
 
 def test_spandrel_loads_what_is_exported_for_it_and_so_do_we(sharpprior, tmp_path):
