@@ -31,6 +31,8 @@ def off(name: str) -> tuple[float, float, float]:
     for parameter in network.parameters():  # embeddings that say something
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.5, 0.1)
+        elif not parameter.any():  # what begins as the identity
+            torch.nn.init.normal_(parameter, std=0.05)
     image = torch.rand(1, 3, 64, 64)
     compiled = torch.compile(network, fullgraph=True)
     outputs, gradients, started = [], [], time.perf_counter()

@@ -60,6 +60,9 @@ def evaluate(
     also: Annotated[
         list[str] | None, typer.Option(help="A metric beside those that are always measured, such as classes.")
     ] = None,
+    deconvolution: Annotated[
+        bool, typer.Option(help="Of crops, also what is told the kernel: a bound, and half of the time.")
+    ] = True,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that align RealBlur's pictures; default: one a core.")
     ] = None,
@@ -102,7 +105,9 @@ def evaluate(
     folder = out or default_folder(model.source, pairs, describe(model.source))
     cores = max(1, len(os.sched_getaffinity(0)) // int(found["LOCAL_WORLD_SIZE"]))
     shared = {"workers": workers or cores, "rank": rank, "world": world}
-    how = Settings(tile=_tile(tile), precision=precision, also=tuple(also or ()), save=save, **shared)
+    how = Settings(
+        tile=_tile(tile), precision=precision, also=tuple(also or ()), deconvolution=deconvolution, save=save, **shared
+    )
     evaluation = Evaluating(model, pairs, folder, where, how, overwrite=overwrite)
     todo = len(evaluation.todo())
     if rank == 0:

@@ -46,12 +46,14 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class Settings:
     """How pictures are restored and what is kept. tile: side in px, whole, or auto (whole where memory allows);
-    precision: fp32 or bf16, None as the model was trained. also: metrics beside those that are always measured. save:
-    keep every restored picture as a PNG. rank, world: of the processes that share the pictures."""
+    precision: fp32 or bf16, None as the model was trained. also: metrics beside those that are always measured.
+    deconvolution: of crops, whose kernels are known, also what is told them. save: keep every restored picture as a
+    PNG. rank, world: of the processes that share the pictures."""
 
     tile: int | Literal["auto", "whole"] = "auto"
     precision: str | None = None
     also: tuple[str, ...] = ()
+    deconvolution: bool = True
     save: bool = False
     workers: int = 1
     rank: int = 0
@@ -103,6 +105,9 @@ class Evaluating:
             "metrics": list(names),
             "alignment": "RealBlur (ECC homography)" if pairs.aligned else "none",
         }
+        told = pairs.whole and how.deconvolution
+        if pairs.whole and not told:
+            self.settings["deconvolution"] = "left out"
         computing = {name: number for name, number in versions().items() if name in ("torch", "timm", "numpy")}
         self.versions = {"sharpprior": git_commit() or "not in git", "yardsticks": FORMAT, **computing}
         tested = {name: pairs.facts[name] for name in ("layout", "split", "blur variant", "pairs", "of")}
@@ -119,7 +124,7 @@ class Evaluating:
         auto, tile = how.tile == "auto" and not pairs.whole, default_tile(model.config)
         side = tile if auto else how.tile if isinstance(how.tile, int) else None
         # Only crops have kernels that are known; asked after the book, which refuses folders of something else.
-        yardsticks, said = yardsticks_of(model.config, model.source, folder, device, deconvolution=pairs.whole)
+        yardsticks, said = yardsticks_of(model.config, model.source, folder, device, deconvolution=told)
         self.settings |= {"yardsticks": said}
         self.measuring = Measuring(
             model.network,

@@ -69,6 +69,7 @@ def make(trial: Trial, *, tell: Callable[[str], None] = print) -> None:
     if _scores(config) and not _scored(folder):
         tell(f"{trial.name}: scoring")
         command = [sys.executable, "-m", "train.cli", "evaluate", str(folder.path), "-o", str(folder.path / RESULTS)]
+        command.append("--no-deconvolution")  # the same for every arm, and dear
         command += [word for name in trial.also for word in ("--also", name)]
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if status:

@@ -194,6 +194,17 @@ def test_crops_of_a_shard_set_have_tiers_and_a_part_of_them_is_drawn(model, shar
     assert "synthesized: camera" in found["data"]["blur variant"]
 
 
+def test_deconvolution_can_be_left_out_and_such_numbers_are_not_mixed_with_others(model, sharpprior, tmp_path):
+    shards, out = small_set(tmp_path / "s", "val", 1), tmp_path / "out"
+    run = ("evaluate", model, "--data", f"synth:{shards}", "--max-pairs", 5, "-o", out)
+    assert sharpprior(*run, "--no-deconvolution")[0] == 0
+    for picture in results(out)["pictures"]:
+        assert picture["yardsticks"].keys() == {"gaussian", "unsharp"}
+    status, _, error = sharpprior(*run)
+    assert status == 1
+    assert "deconvolution" in error
+
+
 def test_pages_are_one_file_and_two_models_are_compared(model, sharpprior, tmp_path):
     root = pairs_tree(tmp_path / "p", 6)
     other = tiny_model(tmp_path / "other.safetensors", scale=0.9)
