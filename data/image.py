@@ -22,10 +22,10 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
 def exif_orientation(data: bytes) -> int:
-    """EXIF orientation 1..8 of an encoded image; 1 where none is recorded."""
-    # JPEG keeps EXIF in the first segments, PNG and WebP in a chunk that may come last.
+    """EXIF orientation 1..8 of an encoded image, of its XMP where that alone has one; 1 where none is recorded."""
+    # JPEG keeps both in the first segments, PNG and WebP in chunks that may come last (and be compressed: XML:com…).
     head = data[:65536] if data[:2] == b"\xff\xd8" else data
-    if b"Exif" not in head and b"eXIf" not in head:
+    if not any(mark in head for mark in (b"Exif", b"eXIf", b"exif", b"tiff:Orientation", b"XML:com.adobe.xmp")):
         return 1
     try:
         with Image.open(io.BytesIO(data)) as image:

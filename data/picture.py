@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,17 +42,19 @@ def read_stored(data: bytes, where: str) -> Stored:
     """Read an encoded picture. DataError, naming `where`, if it is of an unknown kind, has several pages, holds other
     than 8 or 16 bits a channel, or does not decode. Exif that does not read is left out, with a warning."""
     try:
-        with _quietly(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with warnings_alone() as said:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        with image:
             # Phones put a preview or a depth map behind the photograph (MPO): the photograph comes first.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             kind, bits = image.format, _bits(data, image)
+            exif = _exif(image, where, said)  # before the pixels: Pillow tells what is damaged once
             orientation = _orientation(image)
             if bits in (8, 16):
                 image.load()
             icc = image.info.get("icc_profile")
             if bits == 8:
                 pixels, orientation = image.copy(), _orientation(image)  # Pillow turns TIFFs itself when it loads them
-            exif = _exif(image, where)
     except Image.DecompressionBombError:
         raise DataError(f"{where}: more than {MOST_PIXELS / 1e6:.0f} million pixels; cut it into parts") from None
     except MemoryError:
@@ -99,56 +102,83 @@ def _bits(data: bytes, image: Image.Image) -> int:
     return 32 if image.mode in ("F", "I") else 8
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without Pillow's warnings of broken Exif, which is told with what is left out of it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _orientation(image: Image.Image) -> int:
     """1 to 8; 1 where none is recorded, or what is recorded is none."""
     try:
-        with _quietly():
-            value = int(image.getexif().get(ORIENTATION, 1))
+        value = int(image.getexif().get(ORIENTATION, 1))
     except MemoryError:
         raise
-    except Exception:  # of many types: Pillow's reader of Exif checks little
+    except Exception:  # of many types: Pillow's reader of Exif checks little; told with what is left out of it
         return 1
     return value if 1 <= value <= 8 else 1
 
 
-def _exif(image: Image.Image, where: str) -> bytes | None:
-    """What is kept of a picture's Exif; None, with a warning, where it does not read: the pixels do."""
+def _exif(image: Image.Image, where: str, opening: list[warnings.WarningMessage]) -> bytes | None:
+    """What is kept of a picture's Exif; None, with a warning, where it does not read: the pixels do. opening: what was
+    said when the picture was opened, which reads a JPEG's Exif."""
     try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            kept = _kept(image.getexif())
-        if said:
-            log.warning("%s: its Exif is damaged: what does not read of it is left out", where)
-        return kept
+        with warnings_alone() as said:
+            kept, lost = _kept(image.getexif())
+            lost = lost or (bool(image.info.get("exif")) and not len(image.getexif()))
     except MemoryError:
         raise
     except Exception as error:
         log.warning("%s: its Exif does not read (%s: %s): it is left out", where, type(error).__name__, error)
         return None
+    if lost or any("TiffImagePlugin" in each.filename for each in [*opening, *said]):  # which reads Exif of all kinds
+        log.warning("%s: its Exif is damaged: what does not read of it is left out", where)
+    return kept
 
 
-def _kept(exif: Image.Exif) -> bytes | None:
-    """What a camera and its owner wrote, upright. A TIFF's Exif also holds its layout (sizes, strips, compression),
-    which would be false of a new file."""
+_FILTERS = threading.RLock()  # warnings' filters are the process's: two threads must not put them back crosswise
+
+
+@contextlib.contextmanager
+def warnings_alone() -> Iterator[list[warnings.WarningMessage]]:
+    """Gather warnings in a list in place of showing them, one thread after another."""
+    with _FILTERS, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield said
+
+
+def _kept(exif: Image.Exif) -> tuple[bytes | None, bool]:
+    """(what a camera and its owner wrote, upright; whether a tag cannot be kept). A TIFF's Exif also holds its layout
+    (sizes, strips, compression), which would be false of a new file."""
+    tags = {tag: exif[tag] for tag in DESCRIPTIVE if tag in exif}
+    blocks = {
+        block: {tag: value for tag, value in exif.get_ifd(block).items() if tag not in NOT_KEPT}
+        for block in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+    }
+    count = len(tags) + sum(map(len, blocks.values()))
+    try:
+        kept = _written(tags, blocks, ORIENTATION in exif)
+    except Exception:  # of many types: a value of a type that its tag does not have
+        tags = {tag: value for tag, value in tags.items() if _can_be_written({tag: value}, {})}
+        blocks = {
+            block: {tag: value for tag, value in values.items() if _can_be_written({}, {block: {tag: value}})}
+            for block, values in blocks.items()
+        }
+        kept = _written(tags, blocks, ORIENTATION in exif)
+    return kept, len(tags) + sum(map(len, blocks.values())) < count
+
+
+def _written(tags: dict, blocks: dict[int, dict], oriented: bool) -> bytes | None:
     kept = Image.Exif()
-    for tag in DESCRIPTIVE:
-        if tag in exif:
-            kept[tag] = exif[tag]
-    for block in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-        values = exif.get_ifd(block)
+    kept.update(tags | ({ORIENTATION: 1} if oriented else {}))
+    for block, values in blocks.items():
         if values:
-            kept.get_ifd(block).update({tag: value for tag, value in values.items() if tag not in NOT_KEPT})
-    if ORIENTATION in exif:
-        kept[ORIENTATION] = 1
+            kept.get_ifd(block).update(values)
     return kept.tobytes() if len(kept) or kept.get_ifd(ExifTags.IFD.Exif) else None
+
+
+def _can_be_written(tags: dict, blocks: dict[int, dict]) -> bool:
+    try:
+        _written(tags, blocks, oriented=False)
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+    return True
 
 
 def _read_deep(data: bytes, kind: str | None, where: str) -> np.ndarray:

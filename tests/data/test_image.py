@@ -8,6 +8,7 @@ import pytest
 import simplejpeg
 import tifffile
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from data.errors import DataError
 from data.image import decode_image, encode_jpeg, encode_png, image_size, psnr
@@ -175,3 +176,17 @@ def test_animations_and_programs_are_no_pictures():
         decode_image(saved(frames[0], "PNG", save_all=True, append_images=frames[1:]))
     with pytest.raises(DataError, match="its kind is unknown"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_that_only_xmp_has_turns_picture_and_size(kind):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    if kind == "PNG":
+        chunks = PngInfo()
+        chunks.add_itxt("XML:com.adobe.xmp", xmp.decode(), zip=True)
+        how = {"pnginfo": chunks}
+    else:
+        how = {"xmp": xmp}
+    Image.new("RGB", (9, 12)).save(file := io.BytesIO(), kind, **how)
+    assert decode_image(file.getvalue()).shape[:2] == (9, 12)
+    assert image_size(file.getvalue()) == (9, 12)

@@ -127,9 +127,15 @@ def traced(program: Core) -> torch.export.ExportedProgram:
         with torch.no_grad(), composed(), _quiet():
             return torch.export.export(program, (image,), dynamic_shapes={name: {2: height, 3: width}}, strict=False)
     except Exception as error:  # of many types, pages long
-        raise ValueError(
-            f"the network cannot be exported for any size ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-        ) from error
+        raise ValueError(f"the network cannot be exported for any size ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The root of an exporter's error, in one line: its type and the first words that it says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}{': ' + words[:200] if words else ''}"
 
 
 def onnx_program(network: Deblurrer, facts: dict[str, str]) -> bytes:
@@ -148,13 +154,8 @@ def onnx_program(network: Deblurrer, facts: dict[str, str]) -> bytes:
                 exported, dynamo=True, opset_version=OPSET, input_names=["padded"], output_names=["whole"],
                 optimize=False, verbose=False,
             )  # fmt: skip
-    except Exception as error:  # of many types, pages long, with the reason at their root
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        raise ValueError(
-            f"the network cannot be written as ONNX ({str(root).splitlines()[0][:200]}): --format torch may do"
-        ) from error
+    except Exception as error:  # of many types, pages long
+        raise ValueError(f"the network cannot be written as ONNX ({_reason(error)}): --format torch may do") from error
     model = program.model_proto
     _pad_and_crop(model.graph, network.multiple)
     for key, text in facts.items():

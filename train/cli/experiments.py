@@ -39,14 +39,11 @@ def experiment(
 
     The report is written anew after every run. A run that is there with other settings is an error, never counted.
     """
-    from train.evaluate.metrics import metric_names
     from train.experiments.plan import load_experiment, trials
     from train.experiments.report import gather, write_report
     from train.experiments.runner import finished, held, make, submit
 
     name, plan = load_experiment(name)
-    if not (only_list or only_report):
-        metric_names("full", plan.also)  # refused now, not after hours of training
     unknown = set(arms or ()) - set(plan.arms)
     if unknown:
         raise ValueError(f"--arm {', '.join(sorted(unknown))}: no such arm; there are {', '.join(plan.arms)}")

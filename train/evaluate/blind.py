@@ -10,7 +10,7 @@ SMALLEST = 5  # px: the filters leave nothing of less
 
 
 def blur(restored: Tensor, sharp: Tensor) -> Tensor:
-    """Perceived blur of uint8 RGB [B, 3, H, W] → float64 [B] on the CPU, by scikit-image: 0 none, 1 a flat picture.
+    """Perceived blur of uint8 RGB [B, 3, H, W] → float64 [B] on the CPU, by scikit-image: 0 none, 1 all.
 
     Crete et al. 2007: the share of the luma's gradients that a box filter of 11 px leaves, along rows or columns,
     whichever is more. `sharp` is not looked at, so that false edges count as sharpness: read it beside the others.

@@ -29,12 +29,14 @@ from train.evaluate.chosen import yardsticks_of
 from train.evaluate.measure import RESTORED, Measuring
 from train.evaluate.metrics import as_picture, metric_names
 from train.evaluate.pairs import Item, Pair, PairSet
+from train.evaluate.perceptual import CLASSIFIER
 from train.evaluate.realblur import Aligned, AlignPool
 from train.evaluate.results import build, metric_facts, seal, write_tables
 from train.evaluate.scores import INPUT
 from train.evaluate.showing import chosen_to_show, shown_pictures, write_markdown, write_page, write_panel
 from train.evaluate.summary import ALIGNED
 from train.evaluate.yardsticks import FORMAT
+from train.log import log
 from train.objective.task import DeblurTask
 from train.restore.names import find_model
 from train.restore.tiles import default_tile
@@ -108,6 +110,10 @@ class Evaluating:
         told = pairs.whole and how.deconvolution
         if pairs.whole and not told:
             self.settings["deconvolution"] = "left out"
+        taught = {each.name for each in model.config.model.teacher} | {model.config.model.student.name}
+        if "classes" in names and model.config.model.prior and CLASSIFIER in taught:
+            self.settings["classes"] = f"by {CLASSIFIER}, which taught this model: no independent judge"
+            log.warning("classes: %s taught this model: it is no independent judge of it", CLASSIFIER)
         computing = {name: number for name, number in versions().items() if name in ("torch", "timm", "numpy")}
         self.versions = {"sharpprior": git_commit() or "not in git", "yardsticks": FORMAT, **computing}
         tested = {name: pairs.facts[name] for name in ("layout", "split", "blur variant", "pairs", "of")}

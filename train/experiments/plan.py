@@ -10,10 +10,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model.names import choose
 from train import ROOT
 from train.checkpoint.plug import with_plugged
 from train.config.file import load_config
 from train.config.schema import Config
+from train.evaluate.metrics import METRICS
 
 FOLDER = ROOT / "configs" / "experiments"
 
@@ -118,6 +120,11 @@ def load_experiment(name: str) -> tuple[str, Experiment]:
         raise ValueError(
             f"{path}: {place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
         ) from None
+    for metric in experiment.also:
+        try:
+            choose("metric", metric, METRICS)
+        except ValueError as error:
+            raise ValueError(f"{path}: also: {error}") from None
     config = path.parent / experiment.config
     if not config.is_file():
         raise ValueError(f"{path}: config {experiment.config}: no such file")

@@ -145,7 +145,7 @@ def write_report(path: Path, name: str, experiment: Experiment, made: Sequence[M
         ]
         lines += ["## Gain over the best trivial way, dB", "", *_gain_table(experiment, arms, best), ""]
         lines += ["## Against the reference, picture by picture, dB", "", *_paired_table(experiment, arms), ""]
-        for metric in shown_beside(experiment, arms):
+        for metric in dict.fromkeys(["features", "blur", *experiment.also]):
             lines += [f"## {METRICS[metric].label}", "", *_metric_table(metric, arms), ""]
         draw(path.with_suffix(".png"), experiment, arms)
         lines += [f"![loss and validation over the steps]({path.stem}.png)", ""]
@@ -204,20 +204,22 @@ def _paired_table(experiment: Experiment, arms: Mapping[str, Sequence[Made]]) ->
     ]
 
 
-def shown_beside(experiment: Experiment, arms: Mapping[str, Sequence[Made]]) -> list[str]:
-    """The metrics that have a table of their own: what the eye is nearer to than PSNR, and what was asked for."""
-    some = [next(iter(made.pictures.values()))["restored"] for runs in arms.values() for made in runs]
-    names = dict.fromkeys(["features", "blur", *experiment.also])
-    return [name for name in names if all(name in measured for measured in some)]
-
-
 def _metric_table(metric: str, arms: Mapping[str, Sequence[Made]]) -> list[str]:
-    tiers, digits = _tiers(arms), METRICS[metric].digits
-    some = next(iter(arms.values()))[0].pictures.values()
+    """A metric that the eye is nearer to than PSNR, or that was asked for: of the runs that were scored by it."""
+    has = {arm: [made for made in runs if _measured(made, metric)] for arm, runs in arms.items()}
+    lacking = sum(map(len, arms.values())) - sum(map(len, has.values()))
+    has = {arm: runs for arm, runs in has.items() if runs}
+    note = f"{METRICS[metric].note[0].upper()}{METRICS[metric].note[1:]}."
+    if lacking:
+        note += f" {lacking} of the runs were scored before it was asked for, and are not in the table."
+    if not has:
+        return [note]
+    tiers, digits = _tiers(has), METRICS[metric].digits
+    some = next(iter(has.values()))[0].pictures.values()
     before = [np.mean([each[INPUT][metric] for each in some if each["tier"] == tier]) for tier in tiers]
     lines = [f"| arm | {' | '.join(tiers)} |", "|---|" + "---:|" * len(tiers)]
     lines.append("| blurry input | " + " | ".join(f"{value:.{digits}f}" for value in before) + " |")
-    for arm, runs in arms.items():
+    for arm, runs in has.items():
         cells = []
         for tier in tiers:
             means = [
@@ -226,7 +228,11 @@ def _metric_table(metric: str, arms: Mapping[str, Sequence[Made]]) -> list[str]:
             ]
             cells.append(_spread(means, digits=digits))
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return [*lines, "", f"{METRICS[metric].note[0].upper()}{METRICS[metric].note[1:]}."]
+    return [*lines, "", note]
+
+
+def _measured(made: Made, metric: str) -> bool:
+    return all(metric in each["restored"] and metric in each[INPUT] for each in made.pictures.values())
 
 
 def _verdicts(experiment: Experiment, arms: Mapping[str, Sequence[Made]], best: Mapping[str, str]) -> list[str]:

@@ -22,6 +22,7 @@ from train.config.file import load_config
 from train.config.identity import deciding, differences
 from train.config.schema import Config
 from train.config.sources import digest_of, open_sets, with_resolved_data
+from train.evaluate.metrics import metric_names
 from train.evaluate.results import read_results
 from train.experiments.plan import Trial
 from train.run.folder import RunFolder
@@ -49,7 +50,7 @@ def finished(trial: Trial) -> bool:
     """Whether a run has done its last step and was scored. ValueError where its folder holds a run with other
     settings: nothing of another experiment is ever counted as this one's."""
     folder, config = RunFolder.of(trial.load()), trial.load()
-    return _trained(folder, config) and (_scored(folder) or not _scores(config))
+    return _trained(folder, config) and (_scored(folder, trial) or not scores(config))
 
 
 def make(trial: Trial, *, tell: Callable[[str], None] = print) -> None:
@@ -59,6 +60,8 @@ def make(trial: Trial, *, tell: Callable[[str], None] = print) -> None:
     """
     config = trial.load()
     folder = RunFolder.of(config)
+    if scores(config):
+        metric_names("full", trial.also)  # refused now, not after hours of training
     if not _trained(folder, config):
         tell(f"{trial.name}: training")
         status = subprocess.run(training_command(trial), cwd=ROOT, check=False).returncode
@@ -66,10 +69,12 @@ def make(trial: Trial, *, tell: Callable[[str], None] = print) -> None:
             raise ValueError(f"{folder.path}: the run failed (status {status}): see its log.txt; then start again")
         if not _trained(folder, config):
             raise StoppedError(f"{folder.path}: stopped before its last step: start the experiment again to go on")
-    if _scores(config) and not _scored(folder):
+    if scores(config) and not _scored(folder, trial):
         tell(f"{trial.name}: scoring")
         command = [sys.executable, "-m", "train.cli", "evaluate", str(folder.path), "-o", str(folder.path / RESULTS)]
         command.append("--no-deconvolution")  # the same for every arm, and dear
+        if (folder.path / RESULTS / "results.json").is_file():
+            command.append("--overwrite")  # it was scored by fewer metrics
         command += [word for name in trial.also for word in ("--also", name)]
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if status:
@@ -110,17 +115,20 @@ def _prior_digest(path: str) -> str:
     return weights_digest(load_model(path, torch.device("cpu"))[0].prior)
 
 
-def _scored(folder: RunFolder) -> bool:
-    """Whether every picture was scored. ValueError where some could not be."""
+def _scored(folder: RunFolder, trial: Trial) -> bool:
+    """Whether every picture was scored, by all metrics that are asked for. ValueError where some could not be."""
     file = folder.path / RESULTS / "results.json"
     if not file.is_file():
         return False
-    if failed := read_results(file)["failed"]:
+    results = read_results(file)
+    if set(trial.also) - set(results["metrics"]):
+        return False
+    if failed := results["failed"]:
         raise ValueError(f"{file}: {len(failed)} pictures could not be scored, first {failed[0]['key']}: mend the set")
     return True
 
 
-def _scores(config: Config) -> bool:
+def scores(config: Config) -> bool:
     """Whether a run restores anything: one that only distills does not."""
     return config.eval.enabled and config.train.distill_steps < config.train.steps
 

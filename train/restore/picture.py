@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import struct
-import warnings
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 
 from data.errors import DataError
 from data.files import write_atomically
-from data.picture import read_stored
+from data.picture import read_stored, warnings_alone
 from train.restore.tiff import encode_tiff
 
 log = logging.getLogger("sharpprior")
@@ -85,10 +84,8 @@ def decode(data: bytes, where: str, most: int = MOST_PIXELS) -> Picture:
 def _header(data: bytes) -> tuple[str, int, int]:
     """(suffix, width, height) that the file's first bytes say; of what is no picture, nothing."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                return KINDS.get(image.format or "", ".png"), *image.size
+        with warnings_alone(), Image.open(io.BytesIO(data)) as image:
+            return KINDS.get(image.format or "", ".png"), *image.size
     except Exception:  # of many types; what is wrong with it is told when it is decoded
         return ".png", 0, 0
 
@@ -112,11 +109,9 @@ def encode(picture: Picture, suffix: str, where: str) -> bytes:
     deep = picture.colour.dtype == np.uint16 and suffix in SIXTEEN_BIT
     array = _to_array(picture, deep, alpha=suffix not in (".jpg", ".jpeg"), spread=suffix == ".png")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged Exif, told when it was read
-            if suffix in (".tif", ".tiff"):
-                return encode_tiff(array, picture.icc, picture.exif)
-            return _deep_png(array, picture) if deep else _plain(array, suffix, picture)
+        if suffix in (".tif", ".tiff"):
+            return encode_tiff(array, picture.icc, picture.exif)
+        return _deep_png(array, picture) if deep else _plain(array, suffix, picture)
     except Exception as error:  # of many types, for odd Exif too
         if picture.exif is not None:
             data = encode(replace(picture, exif=None), suffix, where)  # where that fails too, that is what is told

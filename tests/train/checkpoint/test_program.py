@@ -10,6 +10,7 @@ from model.config import ModelConfig
 from model.deblurrer import build_deblurrer
 from model.pretrained import save_pretrained
 from tests.model.models import SMALL
+from train.checkpoint.program import _reason
 from train.checkpoint.saved import load_model
 from train.config.file import build_config
 
@@ -86,6 +87,20 @@ def test_onnx_without_what_a_network_computes_is_one_line(sharpprior, tmp_path):
     assert "cannot be written as ONNX (" in error
     assert "--format torch" in error
     assert not (tmp_path / "a.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (AssertionError(), "AssertionError"),
+        (RuntimeError("\n\n  no such thing\nat all"), "RuntimeError: no such thing"),
+        (ValueError("x" * 500), "ValueError: " + "x" * 200),
+    ],
+)
+def test_an_exporter_s_error_is_its_root_in_one_line(error, told):
+    outer = OSError("pages\nof\nadvice")
+    outer.__cause__ = error
+    assert _reason(outer) == told
 
 
 def test_spandrel_loads_what_is_exported_for_it_and_so_do_we(sharpprior, tmp_path):

@@ -114,6 +114,16 @@ def test_features_of_the_last_sharp_picture_are_kept_for_that_picture_alone():
     assert torch.equal(perceptual.features(batch(worse[0]), changed), alone[0])
 
 
+def test_a_sharp_picture_goes_through_the_network_once_for_all_that_are_compared_with_it(monkeypatch):
+    seen, network = [], perceptual._teacher("efficientnet_lite0", torch.device("cpu"))
+    forward = network.forward
+    monkeypatch.setattr(network, "forward", lambda image: seen.append(1) or forward(image))
+    sharp = batch(picture(7))
+    for seed in (8, 9, 10):
+        perceptual.features(batch(picture(seed)), sharp)
+    assert len(seen) == 4
+
+
 def test_a_metric_that_is_asked_for_is_measured_or_refused(monkeypatch):
     assert "classes" not in metric_names("full")
     assert "classes" in metric_names("full", ["classes"])

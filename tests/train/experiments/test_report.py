@@ -59,11 +59,14 @@ def test_metrics_beside_psnr_have_tables_where_every_run_has_them(tmp_path):
     assert "## blur\n\n| arm | severe | extreme |" in text
     assert "| blurry input | 0.750 | 0.750 |\n| bare | 0.562 ± 0.088 | 0.562 ± 0.088 |" in text
     assert "## classes" in text
-    assert "## features" not in text
+    assert "## features\n\nDistance" in text
+    assert "4 of the runs were scored before" in text
     for each in runs[-1].pictures.values():  # a run of before
         del each["restored"]["classes"]
     write_report(tmp_path / "t.md", "t", experiment, runs, 4)
-    assert "## classes" not in (tmp_path / "t.md").read_text()
+    text = (tmp_path / "t.md").read_text()
+    assert "| mine | 0.375 | 0.375 |" in text.partition("## classes")[2]
+    assert "1 of the runs were scored before" in text.partition("## classes")[2]
 
 
 def test_seeds_that_disagree_widen_the_interval():

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from data.shards.set import ShardSet
 from train.cli.experiments import _data_of
+from train.experiments import runner
 from train.experiments.plan import Trial
 from train.experiments.runner import submit
 
@@ -39,6 +41,29 @@ def test_each_run_is_a_job_that_waits_for_the_prior_it_takes(tmp_path, monkeypat
                      "--set", "optim.lr=1e-4"]  # fmt: skip
     assert f"--dependency=afterok:{jobs['taught-seed0']}" in second
     assert not [word for word in first + second if word.startswith(("run.root", "run.name"))]
+
+
+def test_a_run_that_was_scored_by_fewer_metrics_is_scored_again(tmp_path, monkeypatch):
+    (tmp_path / "base.yaml").write_text("{}\n")
+    trial = Trial(
+        "bare", 0, str(tmp_path / "base.yaml"), (f"run.root={tmp_path}", "run.name=bare-seed0"), also=("classes",)
+    )
+    file = tmp_path / "bare-seed0" / runner.RESULTS / "results.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    held, calls = {"metrics": {"psnr": {}}, "failed": []}, []
+    monkeypatch.setattr(runner, "read_results", lambda _: held)
+    monkeypatch.setattr(runner, "_trained", lambda *_: True)
+    monkeypatch.setattr(runner.subprocess, "run", lambda command, **_: calls.append(command) or CompletedProcess([], 0))
+    assert not runner.finished(trial)
+    runner.make(trial, tell=lambda _: None)
+    (command,) = calls
+    assert "--overwrite" in command
+    assert command[-2:] == ["--also", "classes"]
+    held["metrics"]["classes"] = {}
+    assert runner.finished(trial)
+    runner.make(trial, tell=lambda _: None)
+    assert len(calls) == 1
 
 
 def photographs(folder: Path, seed: int) -> Path:
