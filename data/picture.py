@@ -48,9 +48,11 @@ def read_stored(data: bytes, where: str) -> Stored:
             # Phones put a preview or a depth map behind the photograph (MPO): the photograph comes first.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             kind, bits = image.format, _bits(data, image)
-            exif = _exif(image, where, said)  # before the pixels: Pillow tells what is damaged once
+            if kind != "TIFF" and bits in (8, 16):
+                image.load()  # first: a PNG's Exif may stand behind its pixels, and is no reason to take half of them
+            exif = _exif(image, where, said)  # of a TIFF before its pixels: Pillow tells what is damaged once
             orientation = _orientation(image)
-            if bits in (8, 16):
+            if kind == "TIFF" and bits in (8, 16):
                 image.load()
             icc = image.info.get("icc_profile")
             if bits == 8:
