@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -74,6 +75,8 @@ class PairLoader:
         self.look_s = min(LOOK_EVERY_S, self.stall_s)
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.wait_s, self.pairs = 0.0, 0
+        self._waiting: int | None = None  # number of the batch that is waited for now
+        self._doing: str | None = None  # what workers did that the guard has ended
         self.bad: dict[str, set[str]] = {}
         self.bad_samples: set[tuple[int, int]] = set()
         sources = Sources(self.sets, stream.max_bad_fraction)
@@ -93,7 +96,9 @@ class PairLoader:
         try:
             while True:
                 waited = time.perf_counter()
+                self._waiting = number
                 made = self._next(iterator)
+                self._waiting = None
                 self.wait_s += time.perf_counter() - waited
                 if made is None:
                     return
@@ -115,7 +120,11 @@ class PairLoader:
         while True:
             try:
                 return next(iterator, None)
-            except RuntimeError as error:
+            except Exception as error:  # of several types where a worker ends while it hands a batch over
+                if self._doing is not None:
+                    self._stalled(self._doing)
+                if not isinstance(error, RuntimeError):
+                    raise
                 if "DataLoader timed out" in str(error):
                     looks += 1  # not a clock: time in which this process itself stood still does not count
                     if looks * self.look_s < self.stall_s:
@@ -129,6 +138,23 @@ class PairLoader:
         doing = describe(Path(self._folder), [worker.pid for worker in iterator._workers])
         for worker in iterator._workers:
             worker.kill()  # what hangs does not listen to less, and is waited for at the end
+        self._stalled(doing)
+
+    def _guard(self, iterator: Iterator[Made], ended: threading.Event) -> None:
+        """End workers whose batch is waited for where no timeout is: one may stop just when its batch was announced and
+        its memory is still to be handed over. Two looks later than `_next`, which is the rule."""
+        seen, looks = None, 0
+        while not ended.wait(self.look_s):
+            waiting = self._waiting
+            looks = looks + 1 if waiting is not None and waiting == seen else 0
+            seen = waiting
+            if (looks - 2) * self.look_s > self.stall_s:
+                self._doing = describe(Path(self._folder), [worker.pid for worker in iterator._workers])
+                for worker in iterator._workers:
+                    worker.kill()
+                return
+
+    def _stalled(self, doing: str) -> NoReturn:
         raise DataError(
             f"no batch came for {self.stall_s:.0f} s: {doing}; check the storage and the machine's memory, or raise "
             "data.stall_minutes"
@@ -152,8 +178,11 @@ class PairLoader:
         )
         with main_not_imported_again():
             iterator = iter(loader)
+        ended = threading.Event()
+        threading.Thread(target=self._guard, args=(iterator, ended), name="loader-guard", daemon=True).start()
 
         def stop() -> None:
+            ended.set()
             iterator._shutdown_workers()
             shutil.rmtree(self._folder, ignore_errors=True)
             os.close(held)

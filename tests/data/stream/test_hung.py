@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,24 @@ def test_stopped_workers_are_named_and_ended(photographs):
     for worker in workers:
         line = str(caught.value).partition(f"(process {worker.pid}) ")[2].partition(";")[0]
         assert "is stopped by a signal" in line  # also where it had not come to its first sample
+    assert not torch.multiprocessing.active_children()
+
+
+def test_a_worker_that_stops_while_it_hands_a_batch_over_is_no_endless_wait(photographs, monkeypatch):
+    """The batch was announced, but its memory is asked of the worker: torch waits there without a timeout."""
+    pairs = loader(photographs)
+    batches, workers = begun(pairs, stall_s=1.0)
+    pairs.look_s = 0.5
+
+    def asked(*_) -> None:
+        connection.wait([worker.sentinel for worker in workers])
+        raise EOFError
+
+    monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_storage_fd", asked)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(DataError, match=r"no batch came for 1 s: worker 0 .* is stopped by a signal"):
+        list(batches)
     assert not torch.multiprocessing.active_children()
 
 
