@@ -114,10 +114,13 @@ class ShardCache:
                 f"{location}/{shard.name}: {shard.bytes} bytes exceed the cache's limit of {self.limit_bytes}; raise it"
             )
         with self._locked(shard.sha256):
-            if not path.exists():
-                self._make_room(shard.bytes)
-                self._download(_shard_url(location, shard.name), shard, path)
+            if path.exists():
+                os.utime(path)
+                return path
+            self._make_room(shard.bytes)
+            self._download(_shard_url(location, shard.name), shard, path)
             os.utime(path)
+            self._make_room(0)  # others may have come meanwhile, for which there was room then
         return path
 
     def fetch_again(self, location: str, shard) -> None:

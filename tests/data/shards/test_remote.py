@@ -4,6 +4,7 @@ import http.server
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,22 @@ def test_damaged_remote_shard_is_refused_and_not_kept(server, cache):
         shards.read(0, "jpg")
     assert not list(cache.folder.glob("*.tar"))
     assert any("s_00000.tar" in problem for problem in verify(server.url, cache=cache))
+
+
+def test_shards_that_are_fetched_at_once_do_not_exceed_the_limit_together(server, tmp_path, monkeypatch):
+    largest = max(path.stat().st_size for path in server.root.glob("*.tar"))
+    cache = ShardCache(tmp_path / "small", limit_bytes=2 * largest, backoff_s=0.01)
+    shards = ShardSet(server.url, cache=cache)
+    together, download = threading.Barrier(3), cache._download
+
+    def downloads(*arguments) -> None:
+        together.wait(30)  # all have made room by now
+        download(*arguments)
+
+    monkeypatch.setattr(cache, "_download", downloads)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda shard: cache.fetch(shards.location, shard), shards.shards[:3]))
+    assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) <= 2 * largest
 
 
 def test_cache_keeps_its_limit_and_the_stream_goes_on(server, tmp_path):
