@@ -71,7 +71,7 @@ def test_a_worker_that_stops_while_it_hands_a_batch_over_is_no_endless_wait(phot
     pairs.look_s = 0.5
 
     def asked(*_) -> None:
-        connection.wait([worker.sentinel for worker in workers])
+        connection.wait([worker.sentinel for worker in workers], timeout=30)  # without a guard it ends red, not never
         raise EOFError
 
     monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_storage_fd", asked)
