@@ -63,6 +63,10 @@ def evaluate(
     deconvolution: Annotated[
         bool, typer.Option(help="Of crops, also what is told the kernel: a bound, and half of the time.")
     ] = True,
+    baselines: Annotated[
+        Path | None,
+        typer.Option(help="File of what is known of inputs and smoothing, added to: other models need not measure it."),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that align RealBlur's pictures; default: one a core.")
     ] = None,
@@ -105,9 +109,8 @@ def evaluate(
     folder = out or default_folder(model.source, pairs, describe(model.source))
     cores = max(1, len(os.sched_getaffinity(0)) // int(found["LOCAL_WORLD_SIZE"]))
     shared = {"workers": workers or cores, "rank": rank, "world": world}
-    how = Settings(
-        tile=_tile(tile), precision=precision, also=tuple(also or ()), deconvolution=deconvolution, save=save, **shared
-    )
+    shared |= {"deconvolution": deconvolution, "baselines": baselines, "save": save}
+    how = Settings(tile=_tile(tile), precision=precision, also=tuple(also or ()), **shared)
     evaluation = Evaluating(model, pairs, folder, where, how, overwrite=overwrite)
     todo = len(evaluation.todo())
     if rank == 0:

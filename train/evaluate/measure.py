@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
+from train.evaluate.baselines import Baselines
 from train.evaluate.metrics import measured
 from train.evaluate.pairs import Pair
 from train.evaluate.scores import INPUT
@@ -29,7 +30,7 @@ class Measuring:
 
     names: of metrics. tile: side in px; None: whole pictures. auto: whole pictures where memory allows, else tiles of
     that side. precision: of autocast, None for the weights' own. task: of a run with a prior, whose likeness to its
-    teacher is measured too, on crops.
+    teacher is measured too, on crops. baselines: what is known already of inputs and yardsticks.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Measuring:
         precision: torch.dtype | None = None,
         yardsticks: Yardsticks | None = None,
         task: DeblurTask | None = None,
+        baselines: Baselines | None = None,
     ) -> None:
         self.network, self.device = network, device
         self._names, self._tile, self._auto, self._task = tuple(names), tile, auto, task
-        self._way, self._yardsticks = Way(precision), yardsticks or Yardsticks()
+        self._way, self._yardsticks, self._baselines = Way(precision), yardsticks or Yardsticks(), baselines
         self._needed: dict[tuple[int, int], int] = {}
 
     @torch.no_grad()
@@ -108,7 +110,7 @@ class Measuring:
             likeness = {}
         self._wait()
         seconds = time.perf_counter() - started
-        before = self.measure(pair.blurry, pair.sharp)
+        before = self._baseline(pair.blurry, pair.sharp)
         known = {"input_psnr": before["psnr"]} if "psnr" in before else {}
         made = self._yardsticks.apply(pair.blurry.to(self.device), tier, pair.kernel, **known)
         record = {
@@ -119,7 +121,7 @@ class Measuring:
             "seconds": round(seconds, 4),
             "input": before,
             "restored": self.measure(restored, pair.sharp),
-            "yardsticks": {name: self.measure(image, pair.sharp) for name, image in made.items()},
+            "yardsticks": {name: self._baseline(image, pair.sharp) for name, image in made.items()},
         }
         pictures = {INPUT: pair.blurry, RESTORED: restored, **made}
         return record | ({"teacher": likeness} if likeness else {}), pictures
@@ -128,6 +130,12 @@ class Measuring:
         """Every metric of a picture, both uint8 [3, H, W]."""
         first, second = (each[None].to(self.device) for each in (image, sharp))
         return measured(first, second, self._names)[0]
+
+    def _baseline(self, image: Tensor, sharp: Tensor) -> dict[str, float]:
+        """`measure` of a picture that no network made."""
+        if self._baselines is None:
+            return self.measure(image, sharp)
+        return self._baselines.measured(image, sharp, self._names, lambda: self.measure(image, sharp))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self._way.precision is None:

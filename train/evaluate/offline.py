@@ -24,6 +24,7 @@ from train.checkpoint.saved import describe, load_model, loss_state, refuse_orac
 from train.config.identity import git_commit, versions
 from train.config.schema import Config
 from train.engine.precision import keep_depthwise_in_fp32, with_precision
+from train.evaluate.baselines import Baselines
 from train.evaluate.book import Book
 from train.evaluate.chosen import yardsticks_of
 from train.evaluate.measure import RESTORED, Measuring
@@ -49,13 +50,15 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 class Settings:
     """How pictures are restored and what is kept. tile: side in px, whole, or auto (whole where memory allows);
     precision: fp32 or bf16, None as the model was trained. also: metrics beside those that are always measured.
-    deconvolution: of crops, whose kernels are known, also what is told them. save: keep every restored picture as a
-    PNG. rank, world: of the processes that share the pictures."""
+    deconvolution: of crops, whose kernels are known, also what is told them. baselines: file of what is known of inputs
+    and yardsticks, added to. save: keep every restored picture as a PNG. rank, world: of the processes that share the
+    pictures."""
 
     tile: int | Literal["auto", "whole"] = "auto"
     precision: str | None = None
     also: tuple[str, ...] = ()
     deconvolution: bool = True
+    baselines: Path | None = None
     save: bool = False
     workers: int = 1
     rank: int = 0
@@ -141,6 +144,7 @@ class Evaluating:
             precision=PRECISIONS[precision],
             yardsticks=yardsticks,
             task=task,
+            baselines=None if how.baselines is None else Baselines(how.baselines, self.versions),
         )
         self.device = device
 

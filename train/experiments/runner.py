@@ -28,6 +28,7 @@ from train.experiments.plan import Trial
 from train.run.folder import RunFolder
 
 RESULTS = "evaluations/experiment"  # folder in a run's folder, where `sharpprior compare` looks too
+BASELINES = "baselines.jsonl"  # file in the experiment's folder, of what its runs' evaluations share
 
 
 class StoppedError(ValueError):
@@ -72,7 +73,8 @@ def make(trial: Trial, *, tell: Callable[[str], None] = print) -> None:
     if scores(config) and not _scored(folder, trial):
         tell(f"{trial.name}: scoring")
         command = [sys.executable, "-m", "train.cli", "evaluate", str(folder.path), "-o", str(folder.path / RESULTS)]
-        command.append("--no-deconvolution")  # the same for every arm, and dear
+        # Inputs and smoothing are the same for all arms, and so is what is told the kernel, which is dear.
+        command += ["--no-deconvolution", "--baselines", str(folder.path.parent / BASELINES)]
         if (folder.path / RESULTS / "results.json").is_file():
             command.append("--overwrite")  # it was scored by fewer metrics
         command += [word for name in trial.also for word in ("--also", name)]
