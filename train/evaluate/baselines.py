@@ -1,5 +1,5 @@
-"""What was measured of pictures that no model had a part in, kept in a file: the inputs of a set and what smoothing makes
-of them are the same for every model that is evaluated on it, and take most of the time of a small one's evaluation."""
+"""What was measured of pictures that no model had a part in, kept in a file: inputs and smoothed inputs are the same for
+every model that is evaluated on a set, and take most of the time of a small one's evaluation."""
 
 from __future__ import annotations
 
