@@ -1,5 +1,7 @@
-"""What was measured of pictures that no model had a part in, kept in a file: inputs and smoothed inputs are the same for
-every model that is evaluated on a set, and take most of the time of a small one's evaluation."""
+"""What was measured of pictures that no model had a part in, kept in a file.
+
+Inputs and smoothed inputs are the same for every model that is evaluated on a set, and take most of the time of a small
+one's evaluation."""
 
 from __future__ import annotations
 
