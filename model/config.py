@@ -90,8 +90,8 @@ class ModelConfig(_Section):
     student: StudentConfig = StudentConfig()
     spe: SpeConfig = SpeConfig()
     gate: bool = False
-    """Scale the network's correction pixel by pixel, by what a small network sees in the blurry image and the prior: a
-    sharp image needs none (`loss.extent` teaches it how blurry an image is)."""
+    """Scale the network's correction pixel by pixel, by what a small network sees in the blurry image, the correction
+    and the prior: a sharp image needs none (`loss.extent` teaches it how blurry an image is)."""
     oracle: bool = False
     """For studies: the embeddings read the teacher's features of the SHARP image in place of the prior, in training and
     in evaluations. An upper bound that no photograph has: such a model cannot restore."""

@@ -22,12 +22,14 @@ from model.statistics import FeatureStatistics
 class Deblurred(NamedTuple):
     """What a deblurrer gives: restored images, the full-size one last; the prior's levels r_l; the student's own
     features s_l where they can be compared with the first teacher's. None without a prior. extent: what a gate takes
-    for log₂(1 + the blur's extent in px) [B], None without one."""
+    for log₂(1 + the blur's extent in px) [B]; own: the full-size image that it was given, the network's own. None
+    without a gate."""
 
     restored: tuple[torch.Tensor, ...]
     prior: tuple[torch.Tensor, ...] | None
     student: tuple[torch.Tensor, ...] | None = None
     extent: torch.Tensor | None = None
+    own: torch.Tensor | None = None
 
 
 class Deblurrer(nn.Module):
@@ -98,21 +100,23 @@ class Deblurrer(nn.Module):
             rows, columns = padded.shape[-2:]
             return tuple(m[..., : -(-height * m.shape[-2] // rows), : -(-width * m.shape[-1] // columns)] for m in maps)
 
-        restored, extent = ((), None) if prior_only else self._restore(padded, levels)
+        restored, extent, own = ((), None, None) if prior_only else self._restore(padded, levels)
+        gated = (extent, None if own is None else cropped((own,))[0])
         if levels is None:
-            return Deblurred(cropped(restored), None, None, extent)
+            return Deblurred(cropped(restored), None, None, *gated)
         comparable = features is not None and self.prior.comparable
-        return Deblurred(cropped(restored), cropped(levels), cropped(features) if comparable else None, extent)
+        return Deblurred(cropped(restored), cropped(levels), cropped(features) if comparable else None, *gated)
 
     def _restore(
         self, padded: torch.Tensor, levels: tuple[torch.Tensor, ...] | None
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, torch.Tensor | None]:
         standard = self.prior.standardise(levels) if levels is not None else None
         restored = self.backbone(padded) if not self.spe else self._embedded(padded, standard)
         if self.gate is None:
-            return restored, None
+            return restored, None, None
         level = standard[self.gated_by] if standard is not None and self.gated_by is not None else None
-        return self.gate(padded, restored, level)
+        gated, extent = self.gate(padded, restored[-1], level)
+        return (*restored[:-1], gated), extent, restored[-1]
 
     def _embedded(self, padded: torch.Tensor, standard: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         scaled = tuple(standard[level] for level in self.read)

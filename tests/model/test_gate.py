@@ -1,10 +1,13 @@
 """A gate on the correction: nothing changes at first; it can take a correction back, and learns where."""
 
+import contextlib
+
 import pytest
 import torch
 
 from tests.model.test_deblurrer import image, perturb, small
-from train.objective.task import extent_error
+from train.config.schema import Config
+from train.objective.task import DeblurTask, extent_error
 
 
 @pytest.mark.parametrize("prior", [True, False])
@@ -17,8 +20,13 @@ def test_a_fresh_gate_changes_nothing_to_the_bit(prior, size):
     one, other = gated(x), plain(x)
     assert torch.equal(one.restored[-1], other.restored[-1])
     assert one.restored[-1].shape == x.shape
-    assert other.extent is None
+    assert (other.extent, other.own) == (None, None)
+    assert torch.equal(one.own, other.restored[-1])
     assert torch.equal(one.extent, torch.zeros(2))
+
+
+def codes(seed: int) -> torch.Tensor:
+    return torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def test_a_closed_gate_gives_the_image_back():
@@ -45,6 +53,33 @@ def test_every_parameter_of_the_gate_learns():
     out = model(image(2, 3, 64, 64))
     (out.restored[-1].square().mean() + extent_error(out.extent, torch.tensor([3.0, 40.0]))).backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in model.gate.parameters())
+
+
+def test_what_the_gate_learns_from_moves_nothing_else():
+    model = small(gate=True)
+    perturb(model)
+    out = model(image(2, 3, 64, 64))
+    (out.restored[-1].square().mean() + extent_error(out.extent, torch.tensor([3.0, 40.0]))).backward()
+    moved = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert moved == {"gate"}
+
+
+def test_the_network_learns_as_if_there_were_no_gate():
+    gated, plain = small(gate=True), small()
+    plain.load_state_dict({name: v for name, v in gated.state_dict().items() if not name.startswith("gate.")})
+    batch = {"blurry": codes(1), "sharp": codes(2), "extent": torch.tensor([3.0, 40.0])}
+    for model in (gated, plain):
+        perturb(model.backbone)
+        config = Config(model={"prior": False})
+        loss, parts = DeblurTask(config, torch.device("cpu")).losses(
+            model, batch, distill=False, autocast=contextlib.nullcontext()
+        )
+        loss.backward()
+        assert ("own_pixel" in parts) == (model is gated)
+    for (name, one), (_, other) in zip(
+        gated.backbone.named_parameters(), plain.backbone.named_parameters(), strict=True
+    ):
+        assert torch.equal(one.grad, other.grad), name
 
 
 def test_the_error_of_the_extent_is_of_the_pairs_whose_extent_is_known():

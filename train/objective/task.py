@@ -94,6 +94,10 @@ class DeblurTask:
         if not distill:
             loss, parts = self.restoration(out.restored, sharp)
             total = total + loss
+            if out.own is not None:  # the gate's image teaches the gate alone
+                loss, own = self.restoration((out.own,), sharp)
+                total = total + loss
+                parts |= {f"own_{name}": value for name, value in own.items()}
             if out.extent is not None and self.config.loss.extent:
                 parts["extent"] = extent_error(out.extent, batch["extent"].to(self.device, non_blocking=True))
                 total = total + self.config.loss.extent * parts["extent"]
