@@ -95,7 +95,7 @@ class DeblurTask:
             loss, parts = self.restoration(out.restored, sharp)
             total = total + loss
             if out.own is not None:  # the gate's image teaches the gate alone
-                loss, own = self.restoration((out.own,), sharp)
+                loss, own = self.restoration((self._blurred_alone(out.own, batch),), sharp)
                 total = total + loss
                 parts |= {f"own_{name}": value for name, value in own.items()}
             if out.extent is not None and self.config.loss.extent:
@@ -117,6 +117,11 @@ class DeblurTask:
         if self.config.loss.cfl_final is not None:
             parts["cfl_weight"] = sharp.new_full((), weight)
         return total, parts
+
+    def _blurred_alone(self, own: Tensor, batch: dict) -> Tensor:
+        """The images [B, 3, H, W] themselves, without a gradient to those of pairs that no blur was put on."""
+        blurred = batch["extent"].to(self.device, non_blocking=True) != 0  # NaN: recorded, not known
+        return torch.where(blurred[:, None, None, None], own, own.detach())
 
     def given(self, sharp: Tensor) -> tuple[Tensor, ...]:
         """What the embeddings read in place of the prior: of an oracle the teacher's features of sharp [B, 3, H, W]."""
