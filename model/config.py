@@ -73,8 +73,8 @@ class ModelConfig(_Section):
     """`name` of a backbone or a preset of one (`nafnet-32`); every other key goes to its constructor, and before the
     preset's."""
     backbone_from: str | None = None
-    """Run, checkpoint or exported model whose backbone this one starts from; `backbone` is then that one's, if it is
-    not given."""
+    """Run, checkpoint or exported model whose backbone, and gate, this one starts from; `backbone` and `gate` are then
+    that one's, where they are not given. `shipped`: the model that comes with the program."""
     prior: bool = True
     """False trains the plain backbone: no teacher, no student, no SPE."""
     prior_from: str | None = None

@@ -17,9 +17,9 @@ class CorrectionGate(nn.Module):
 
     t = −1 gives the blurry image back, t = 0 (a fresh gate, to the bit) the network's own result. The map comes from
     the blurry image and the correction, through three strided convolutions to stride 8 and through the energies of
-    their gradients there; joined by the prior's level of that stride where there is one; and is brought to the image's
-    size bilinearly. A second head predicts log₂(1 + extent of the blur in px) from the mean of the same features: the
-    stream knows that of every pair, so it can be learned (`loss.extent`).
+    their gradients there; joined by the prior's level of that stride where there is one, of no effect at first; and is
+    brought to the image's size bilinearly. A second head predicts log₂(1 + extent of the blur in px) from the mean of
+    the same features: the stream knows that of every pair, so it can be learned (`loss.extent`).
 
     No gradient goes from the gate to what it scales: the network learns to restore as if there were none, and the gate
     when to leave an image alone. A network that has to learn both at once learns the second first, and corrects severe
@@ -39,9 +39,9 @@ class CorrectionGate(nn.Module):
         for convolution in (*self.down, *self.mix):
             nn.init.kaiming_normal_(convolution.weight)
         self.map, self.extent = nn.Conv2d(WIDTH, 1, 1), nn.Linear(WIDTH, 1)
-        for head in (self.map, self.extent):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        for silent in (self.map, self.extent, *([self.join] if self.join is not None else [])):
+            nn.init.zeros_(silent.weight)
+            nn.init.zeros_(silent.bias)
 
     def forward(
         self, blurry: torch.Tensor, restored: torch.Tensor, level: torch.Tensor | None = None

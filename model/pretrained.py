@@ -19,6 +19,8 @@ from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 SINGLE = ".safetensors"  # the suffix of a model that is one file
+SHIPPED = Path(__file__).parent / "shipped" / f"sharpprior{SINGLE}"  # the model that comes with the program
+SHIPPED_NAME = "shipped"  # by which it is named where a path would be
 CONFIG_KEY = "config"  # of the metadata in the weights' file: the YAML text
 CONFIG_TENSOR = "sharpprior.config"  # the same text as a tensor of bytes, for programs that read tensors alone
 DIGEST_KEY, _NO_DIGEST = "blake2b", "0" * 32  # of the metadata: the digest of the file

@@ -11,7 +11,8 @@ import torch
 from model.config import ModelConfig
 from model.deblurrer import Deblurrer
 from model.encoder import weights_digest
-from model.pretrained import CONFIG, load_config, load_state, load_strictly
+from model.gate import CorrectionGate
+from model.pretrained import CONFIG, SHIPPED_NAME, load_config, load_state, load_strictly
 from train.checkpoint.saved import model_folder
 from train.config.file import build_config
 from train.config.file import load_config as load_run_config
@@ -31,7 +32,7 @@ def with_plugged(config: Config, *, resumed: bool = False, asked: Sequence[str] 
     said. None: all count as set by hand. ValueError where such a setting differs, or there is no such model.
     """
     sources = {part: getattr(config.model, f"{part}_from") for part in PARTS}
-    sources = {part: str(Path(path).expanduser().absolute()) for part, path in sources.items() if path is not None}
+    sources = {part: _place(path) for part, path in sources.items() if path is not None}
     if not sources:
         return config
     own = config.run.folder / CONFIG
@@ -68,8 +69,19 @@ def plug_in(network: Deblurrer, config: Config) -> dict[str, dict[str, str]]:
         load_strictly(module, state, f"{folder}: its {part} does not fit this model", advice)
         if part == "prior" and not module.statistics.calibrated:
             raise ValueError(f"{folder}: its prior was never calibrated: take that of a run that has trained")
+        if part == "backbone" and network.gate is not None and _saved_config(folder).model.gate:
+            _take_gate(network.gate, part_state(folder, "gate"), folder)
         origins[part] = {"from": str(folder), "digest": weights_digest(module)}
     return origins
+
+
+def _take_gate(gate: CorrectionGate, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """The gate goes with the network whose corrections it judges. What reads a prior is this model's own, and of no
+    effect at first; a gate that has learned to read one is not the same without it. ValueError."""
+    if any(name.startswith("join.") for name in state):
+        raise ValueError(f"{folder}: its gate reads that run's prior: --init takes all of it, model.gate=false none")
+    own = {name: value for name, value in gate.state_dict().items() if name.startswith("join.")}
+    load_strictly(gate, own | state, f"{folder}: its gate does not fit this model", "")
 
 
 def part_state(folder: Path, part: str) -> dict[str, torch.Tensor]:
@@ -88,12 +100,20 @@ def part_state(folder: Path, part: str) -> dict[str, torch.Tensor]:
     return state
 
 
+def _place(path: str) -> str:
+    """A path that means the same from any folder; the name of the shipped model stays one, for other machines."""
+    if path == SHIPPED_NAME and not Path(path).exists():
+        return path
+    return str(Path(path).expanduser().absolute())
+
+
 def _saved_config(folder: Path) -> Config:
     return build_config(load_config(folder), {(): str(folder / CONFIG if folder.is_dir() else folder)})
 
 
 def _backbone(mine: ModelConfig, theirs: ModelConfig) -> dict[str, Any]:
-    return {} if "backbone" in mine.model_fields_set else {"backbone": theirs.backbone}
+    """`backbone` and `gate`, where this model does not give them itself."""
+    return {key: getattr(theirs, key) for key in ("backbone", "gate") if key not in mine.model_fields_set}
 
 
 def _prior_settings(mine: ModelConfig, theirs: ModelConfig, path: str, asked: Sequence[str] | None) -> dict[str, Any]:

@@ -8,7 +8,16 @@ from pathlib import Path
 import torch
 
 from model.deblurrer import Deblurrer
-from model.pretrained import CONFIG, SINGLE, WEIGHTS, load_config, load_pretrained, tensor_names
+from model.pretrained import (
+    CONFIG,
+    SHIPPED,
+    SHIPPED_NAME,
+    SINGLE,
+    WEIGHTS,
+    load_config,
+    load_pretrained,
+    tensor_names,
+)
 from train.checkpoint.folder import Checkpoints
 from train.checkpoint.manifest import MANIFEST, damage, read_tensors
 from train.config.file import build_config
@@ -18,11 +27,14 @@ from train.config.schema import Config
 
 def model_folder(path: str | Path, which: str = "latest") -> Path:
     """The folder with model.safetensors: of a run (its `latest` or `best` checkpoint, or `step-N`), or `path` itself;
-    a .safetensors file stands for itself.
+    a .safetensors file stands for itself, and `shipped` for the one that comes with the program, unless there is
+    something of that name.
 
     ValueError if there is none, or the chosen checkpoint is damaged.
     """
     path = Path(path).expanduser()
+    if str(path) == SHIPPED_NAME and not path.exists():
+        path = SHIPPED
     if (path / WEIGHTS).is_file():
         problem = damage(path) if (path / MANIFEST).is_file() else None
         if problem is not None:

@@ -7,20 +7,19 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from model.pretrained import SINGLE, WEIGHTS
-from train import ROOT
+from model.pretrained import SHIPPED, SHIPPED_NAME, SINGLE, WEIGHTS
 
-SHIPPED = ROOT / "model" / "shipped" / "sharpprior.safetensors"
 RUNS = Path("runs")  # where a bare name of a run is looked for
 
 
 def find_model(name: str | Path | None) -> Path:
-    """The run, folder or .safetensors file that a name stands for; None: the model that comes with the program.
+    """The run, folder or .safetensors file that a name stands for; None, or `shipped`: the model that comes with the
+    program.
 
     A name is, the first that fits: a path; a run below runs/; a repository `owner/name` or `owner/name@revision` that
     lies in the Hugging Face cache (nothing is ever downloaded). ValueError, saying what was looked for.
     """
-    if name is None:
+    if name is None or (str(name) == SHIPPED_NAME and not Path(SHIPPED_NAME).exists()):
         if not SHIPPED.is_file():
             raise ValueError(
                 "no model comes with this version of the program: name one with --model (Restorer.load(...)): a run, a "
