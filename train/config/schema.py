@@ -84,9 +84,9 @@ class FeatureSection(Section):
 
 
 class LossSection(Section):
-    pixel: str = "charbonnier"
+    pixel: str = "psnr"
     """Restoration loss on pixels in [0, 1]: a name of `TERMS` (train/objective/restoration.py), such as l1."""
-    frequency: float = Field(default=1.0, ge=0)
+    frequency: float = Field(default=0.0, ge=0)
     """Weight of the L1 distance of orthonormal Fourier transforms."""
     terms: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of further terms of that table, by name."""
