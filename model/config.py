@@ -91,7 +91,8 @@ class ModelConfig(_Section):
     spe: SpeConfig = SpeConfig()
     gate: bool = False
     """Scale the network's correction pixel by pixel, by what a small network sees in the blurry image, the correction
-    and the prior: a sharp image needs none (`loss.extent` teaches it how blurry an image is)."""
+    and the prior: a sharp image needs none (`loss.extent` teaches it how blurry an image is). The network itself then
+    learns from what is blurred alone, and changes sharp images where its gate is taken off."""
     oracle: bool = False
     """For studies: the embeddings read the teacher's features of the SHARP image in place of the prior, in training and
     in evaluations. An upper bound that no photograph has: such a model cannot restore."""

@@ -18,12 +18,14 @@ class CorrectionGate(nn.Module):
     t = −1 gives the blurry image back, t = 0 (a fresh gate, to the bit) the network's own result. The map comes from
     the blurry image and the correction, through three strided convolutions to stride 8 and through the energies of
     their gradients there; joined by the prior's level of that stride where there is one, of no effect at first; and is
-    brought to the image's size bilinearly. A second head predicts log₂(1 + extent of the blur in px) from the mean of
-    the same features: the stream knows that of every pair, so it can be learned (`loss.extent`).
+    brought to the image's size by smoothed squares, nearly bilinearly. A second head predicts log₂(1 + extent of the
+    blur in px) from the mean of the same features: the stream knows that of every pair, so it can be learned
+    (`loss.extent`).
 
     No gradient goes from the gate to what it scales: the network learns to restore as if there were none, and the gate
-    when to leave an image alone. A network that has to learn both at once learns the second first, and corrects severe
-    blur half as much (docs/LOG.md). Our own; a network's trust in its correction, by what it sees.
+    when to leave an image alone (only `optim.clip`, of all gradients together, joins them). A network that has to learn
+    both at once learns the second first, and corrects severe blur half as much (docs/LOG.md). Our own; a network's
+    trust in its correction, by what it sees.
 
     channels: of the prior's standardised level 2 (stride 8), 0 without a prior.
     """
@@ -59,7 +61,9 @@ class CorrectionGate(nn.Module):
         for convolution in self.mix:
             x = x + F.gelu(convolution(x))
         x = x + self.whole(F.gelu(x).mean(dim=(2, 3)))[..., None, None]
-        trust = F.interpolate(self.map(x).tanh(), size=blurry.shape[-2:], mode="bilinear", align_corners=False)
+        # Smoothed squares: the gradient of torch's bilinear interpolation is not the same twice on a GPU.
+        trust = F.interpolate(self.map(x).tanh(), scale_factor=STRIDE, mode="nearest")
+        trust = F.avg_pool2d(trust, STRIDE + 1, stride=1, padding=STRIDE // 2, count_include_pad=False)
         return restored + trust * correction, self.extent(x.mean(dim=(2, 3)))[:, 0]
 
 

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+from model.gate import CorrectionGate, energies
 from tests.model.test_deblurrer import image, perturb, small
 from train.config.schema import Config
 from train.objective.task import DeblurTask, extent_error
@@ -80,6 +81,54 @@ def test_the_network_learns_as_if_there_were_no_gate():
         gated.backbone.named_parameters(), plain.backbone.named_parameters(), strict=True
     ):
         assert torch.equal(one.grad, other.grad), name
+
+
+def gradients(extents: list[float], first: int = 0, **changes) -> dict[str, torch.Tensor]:
+    """Of the network's parameters, by a batch's pairs from `first` on, each weighing one half."""
+    model = small(gate=True, prior=False, **changes)
+    perturb(model)
+    batch = {"blurry": codes(1)[first:], "sharp": codes(2)[first:], "extent": torch.tensor(extents)[first:]}
+    config = Config(model={"prior": False}, loss={"pixel": "psnr", "frequency": 0})
+    loss, _ = DeblurTask(config, torch.device("cpu")).losses(
+        model, batch, distill=False, autocast=contextlib.nullcontext()
+    )
+    (loss * len(batch["blurry"]) / 2).backward()
+    return {name: parameter.grad for name, parameter in model.backbone.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "backbone", [{"name": "unet", "width": 8, "blocks": [1, 1]}, {"name": "mimounet", "num_res": 1}]
+)
+def test_pairs_without_blur_teach_the_gate_alone_and_those_of_unknown_blur_the_network_too(backbone):
+    alone, both = gradients([40.0, 40.0], first=1, backbone=backbone), gradients([40.0, 40.0], backbone=backbone)
+    still, unknown = gradients([0.0, 40.0], backbone=backbone), gradients([torch.nan, 40.0], backbone=backbone)
+    for name, gradient in still.items():
+        assert (gradient - alone[name]).abs().max() < 1e-3 * alone[name].abs().max()
+        assert torch.equal(unknown[name], both[name])
+    assert any(not torch.allclose(both[name], gradient, rtol=1e-2) for name, gradient in still.items())
+
+
+def test_energies_fall_with_blur_first_at_the_finest_scale_and_along_its_direction():
+    flat = energies(torch.full((1, 3, 64, 64), 0.3))
+    assert torch.equal(flat, torch.full((1, 16, 8, 8), (-6 + 4) / 1.5))
+    noise = image(1, 3, 64, 96)
+    smeared = torch.nn.functional.avg_pool2d(noise, (1, 9), stride=1, padding=(0, 4))
+    fell = (energies(noise) - energies(smeared)).mean(dim=(0, 2, 3)).view(4, 4)
+    right, below, *_ = fell.unbind(1)
+    assert (fell[:3] > 0.1).all()
+    assert (right > below)[:3].all()
+    assert (right.diff() < 0).all()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (40, 136)])
+def test_a_gate_takes_any_size_that_eight_divides(size):
+    gate, blurry, restored = CorrectionGate(), image(2, 3, *size), image(2, 3, *size).flip(-1)
+    perturb(gate)
+    gated, extent = gate(blurry, restored)
+    assert gated.shape == blurry.shape
+    assert extent.shape == (2,)
+    trust = (gated - restored) / (restored - blurry)
+    assert trust[(restored - blurry).abs() > 0.05].abs().max() < 1.001
 
 
 def test_the_error_of_the_extent_is_of_the_pairs_whose_extent_is_known():

@@ -30,7 +30,7 @@ def train(out: Path, name: str, steps: int, *arguments: str, **values: object) -
         "run.root": out, "run.name": name, "train.steps": steps, "train.distill_steps": 0, "data.crop": 128,
         "eval.crop": 128, "eval.every": 0, "checkpoint.every": steps, "loss.pixel": "psnr", "loss.frequency": 0,
     } | values  # fmt: skip
-    command = [sys.executable, "train/main.py", "--config", "configs/quickstart.yaml", *arguments]
+    command = [sys.executable, "train/main.py", "--config", "configs/small.yaml", *arguments]
     for key, value in values.items():
         command += ["--set", f"{key}={value}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

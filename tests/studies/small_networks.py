@@ -35,7 +35,7 @@ def train(out: Path, name: str, backbone: str, steps: int, seed: int, *, evaluat
         "train.steps": steps, "train.distill_steps": 0, "eval.enabled": str(evaluate).lower(), "eval.every": 0,
         "eval.at_start": "false", "checkpoint.every": steps, "loss.pixel": "psnr", "loss.frequency": 0,
     }  # fmt: skip
-    command = [sys.executable, "train/main.py", "--config", "configs/quickstart.yaml"]
+    command = [sys.executable, "train/main.py", "--config", "configs/small.yaml"]
     for key, value in values.items():
         command += ["--set", f"{key}={value}"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -32,7 +32,7 @@ ARMS = {
     "along": {"loss.cfl": 0.1},
     "along, cached": {"loss.cfl": 0.1, "features.cache": "auto", "data.boxes_per_photo": 1},
 }
-PARTS = ("data", "teacher", "student", "prior", "spe", "backbone", "backward", "update", "rest")
+PARTS = ("data", "teacher", "student", "fusion", "spe", "backbone", "backward", "update", "rest")
 
 
 def settings_of(arm: str, photos: Path, out: Path, name: str, steps: int) -> list[str]:
@@ -45,7 +45,7 @@ def settings_of(arm: str, photos: Path, out: Path, name: str, steps: int) -> lis
 
 def ours(settings: list[str], folder: Path) -> tuple[float, dict[str, float]]:
     """(pairs a second, mean shares of a step by part) of a run by train/main.py."""
-    command = [sys.executable, "train/main.py", "--config", "configs/quickstart.yaml"]
+    command = [sys.executable, "train/main.py", "--config", "configs/small.yaml"]
     command += [word for setting in settings for word in ("--set", setting)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -76,7 +76,7 @@ def plain_loop(settings: list[str]) -> None:
     from train.config.sources import open_sets
     from train.objective.task import DeblurTask
 
-    config = load_config(ROOT / "configs/quickstart.yaml", settings)
+    config = load_config(ROOT / "configs/small.yaml", settings)
     torch.manual_seed(config.run.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task, module = DeblurTask(config, device), build_model(config).to(device)
@@ -84,14 +84,17 @@ def plain_loop(settings: list[str]) -> None:
     how = {"shuffle": True, "drop_last": True, "num_workers": config.data.workers, "persistent_workers": True}
     batches = DataLoader(pairs, config.train.batch, **how)
     task.calibrate(module, ((batch["blurry"], batch["sharp"]) for batch, _ in zip(batches, range(4), strict=False)))
-    if config.student_frozen and module.prior is not None:
-        module.prior.requires_grad_(False)
+    if config.student_rests:
+        module.prior.rest()
+    if len(pairs) < config.train.batch:
+        raise SystemExit(f"{len(pairs)} photographs are fewer than a batch")
     learning = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, config.optim.lr)
+    weight = 0.0 if config.student_rests else None
     seconds, started = [], time.perf_counter()
     while len(seconds) < config.train.steps:
         for batch in batches:
-            loss, _ = task.losses(module, batch, distill=False, autocast=contextlib.nullcontext())
+            loss, _ = task.losses(module, batch, distill=False, autocast=contextlib.nullcontext(), cfl=weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(learning, 1.0)

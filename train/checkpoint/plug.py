@@ -12,8 +12,8 @@ from model.config import ModelConfig
 from model.deblurrer import Deblurrer
 from model.encoder import weights_digest
 from model.gate import CorrectionGate
-from model.pretrained import CONFIG, SHIPPED_NAME, load_config, load_state, load_strictly
-from train.checkpoint.saved import model_folder
+from model.pretrained import CONFIG, load_config, load_state, load_strictly
+from train.checkpoint.saved import is_shipped, model_folder
 from train.config.file import build_config
 from train.config.file import load_config as load_run_config
 from train.config.schema import Config
@@ -70,16 +70,19 @@ def plug_in(network: Deblurrer, config: Config) -> dict[str, dict[str, str]]:
         if part == "prior" and not module.statistics.calibrated:
             raise ValueError(f"{folder}: its prior was never calibrated: take that of a run that has trained")
         if part == "backbone" and network.gate is not None and _saved_config(folder).model.gate:
-            _take_gate(network.gate, part_state(folder, "gate"), folder)
+            prior = config.model.prior_from
+            _take_gate(network.gate, folder, with_prior=prior is not None and model_folder(prior) == folder)
         origins[part] = {"from": str(folder), "digest": weights_digest(module)}
     return origins
 
 
-def _take_gate(gate: CorrectionGate, state: dict[str, torch.Tensor], folder: Path) -> None:
+def _take_gate(gate: CorrectionGate, folder: Path, *, with_prior: bool) -> None:
     """The gate goes with the network whose corrections it judges. What reads a prior is this model's own, and of no
-    effect at first; a gate that has learned to read one is not the same without it. ValueError."""
-    if any(name.startswith("join.") for name in state):
-        raise ValueError(f"{folder}: its gate reads that run's prior: --init takes all of it, model.gate=false none")
+    effect at first; one that has learned to read that model's prior stays behind where the prior does. ValueError."""
+    state = part_state(folder, "gate")
+    if any(name.startswith("join.") for name in state) and not with_prior:
+        log.info("the gate of %s reads its prior, which is not taken over: this one begins anew", folder)
+        return
     own = {name: value for name, value in gate.state_dict().items() if name.startswith("join.")}
     load_strictly(gate, own | state, f"{folder}: its gate does not fit this model", "")
 
@@ -102,7 +105,7 @@ def part_state(folder: Path, part: str) -> dict[str, torch.Tensor]:
 
 def _place(path: str) -> str:
     """A path that means the same from any folder; the name of the shipped model stays one, for other machines."""
-    if path == SHIPPED_NAME and not Path(path).exists():
+    if is_shipped(path):
         return path
     return str(Path(path).expanduser().absolute())
 

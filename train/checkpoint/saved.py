@@ -24,16 +24,18 @@ from train.config.file import build_config
 from train.config.networks import build_model
 from train.config.schema import Config
 
+RUNS = Path("runs")  # where runs are kept, and a bare name of one is looked for
+
 
 def model_folder(path: str | Path, which: str = "latest") -> Path:
     """The folder with model.safetensors: of a run (its `latest` or `best` checkpoint, or `step-N`), or `path` itself;
-    a .safetensors file stands for itself, and `shipped` for the one that comes with the program, unless there is
-    something of that name.
+    a .safetensors file stands for itself, and `shipped` for the one that comes with the program, unless a
+    model here or a run has that name.
 
     ValueError if there is none, or the chosen checkpoint is damaged.
     """
     path = Path(path).expanduser()
-    if str(path) == SHIPPED_NAME and not path.exists():
+    if is_shipped(path):
         path = SHIPPED
     if (path / WEIGHTS).is_file():
         problem = damage(path) if (path / MANIFEST).is_file() else None
@@ -63,6 +65,13 @@ def model_folder(path: str | Path, which: str = "latest") -> Path:
     if problem is not None:
         raise ValueError(f"{problem}: the checkpoint is damaged; choose another with --checkpoint step-N")
     return chosen
+
+
+def is_shipped(name: str | Path) -> bool:
+    """Whether a name is the shipped model's."""
+    places = (Path(name), RUNS / name)
+    taken = any((place / WEIGHTS).is_file() or (place / "checkpoints").is_dir() for place in places)
+    return str(name) == SHIPPED_NAME and not taken
 
 
 def load_model(path: str | Path, device: torch.device, which: str = "latest") -> tuple[Deblurrer, Config, Path]:

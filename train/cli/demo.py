@@ -17,7 +17,7 @@ def demo(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Models to choose from: runs, checkpoints, exported files; none comes with the program yet."
+            help="Models to choose from: runs, checkpoints, exported files, shipped; default: the shipped one."
         ),
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="latest, best, or step-N, of models that are runs.")] = "latest",

@@ -40,7 +40,9 @@ def restore(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Run, checkpoint, exported model, owner/name of the Hugging Face cache."),
+        typer.Option(
+            help="Run, checkpoint, exported model, owner/name of the Hugging Face cache; default: the shipped one."
+        ),
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="latest, best, or step-N, where the model is a run.")] = "latest",
     suffix: Annotated[
@@ -93,11 +95,14 @@ def restore(
 
 def _model_first(model: str | None, photos: list[str]) -> tuple[str | None, list[str]]:
     """(model, pictures): without --model, a first name that is a model's is the model."""
-    from train.restore.names import RUNS, is_model
+    from train.checkpoint.saved import RUNS, is_shipped
+    from train.restore.names import is_model
 
     if model is not None:
         return model, photos
     first = Path(photos[0]).expanduser()
+    if is_shipped(photos[0]) and len(photos) > 1 and not first.exists():
+        return photos[0], photos[1:]
     if is_model(first) or (not first.exists() and len(first.parts) == 1 and is_model(RUNS / first)):
         if len(photos) == 1:
             raise ValueError(f"{photos[0]}: is a model: name the pictures behind it")

@@ -84,9 +84,9 @@ class FeatureSection(Section):
 
 
 class LossSection(Section):
-    pixel: str = "psnr"
+    pixel: str = "charbonnier"
     """Restoration loss on pixels in [0, 1]: a name of `TERMS` (train/objective/restoration.py), such as l1."""
-    frequency: float = Field(default=0.0, ge=0)
+    frequency: float = Field(default=1.0, ge=0)
     """Weight of the L1 distance of orthonormal Fourier transforms."""
     terms: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of further terms of that table, by name."""
@@ -122,7 +122,7 @@ class OptimSection(Section):
     spe_lr_scale: float = Field(default=1.0, ge=0)
     """Learning rate of the embeddings, relative to `lr`."""
     backbone_lr_scale: float = Field(default=1.0, ge=0)
-    """Learning rate of the backbone, relative to `lr`: below 1 to finetune a pretrained one."""
+    """Learning rate of the backbone, and of a gate, relative to `lr`: below 1 to finetune a pretrained one."""
     betas: tuple[float, float] = (0.9, 0.9)
     """AdamW's decay rates."""
     weight_decay: float = Field(default=1e-3, ge=0)

@@ -8,6 +8,8 @@ from pathlib import Path
 from data.errors import DataError
 from data.prepare.layouts import LAYOUTS
 from model.names import choose
+from model.pretrained import SHIPPED, SHIPPED_NAME
+from train.checkpoint.saved import RUNS
 from train.config.schema import Config
 from train.config.sources import data_sources, open_set
 from train.evaluate.pairs import PairSet, RecordedPairs, ValidationPairs
@@ -90,9 +92,12 @@ def _validation(
 
 def default_folder(source: Path, pairs: PairSet, step: str) -> Path:
     """Where an evaluation goes that was given no folder: `evaluations/` in the run's folder, or beside an exported
-    model, and in it a folder named after the pairs and the step."""
+    model (of the shipped one, which is the program's, in runs/), and in it a folder named after the pairs and the
+    step."""
     name = re.sub(r"[^\w.-]+", "-", pairs.label)
     run = next((path.parent for path in source.parents if path.name == "checkpoints"), None)
     if run is not None:
         return run / "evaluations" / f"{name}-{step.replace(' ', '-')}"
+    if source == SHIPPED:
+        return RUNS / SHIPPED_NAME / "evaluations" / name
     return (source.with_name(f"{source.stem}-evaluations") if source.is_file() else source / "evaluations") / name

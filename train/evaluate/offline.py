@@ -144,7 +144,7 @@ class Evaluating:
             precision=PRECISIONS[precision],
             yardsticks=yardsticks,
             task=task,
-            baselines=None if how.baselines is None else Baselines(how.baselines, self.versions),
+            baselines=None if how.baselines is None else Baselines(how.baselines, device),
         )
         self.device = device
 

@@ -17,6 +17,7 @@ from model.encoder import weights_digest
 from train import ROOT
 from train.checkpoint.folder import Checkpoints
 from train.checkpoint.manifest import read_state
+from train.checkpoint.plug import PARTS
 from train.checkpoint.saved import load_model
 from train.config.file import load_config
 from train.config.identity import deciding, differences
@@ -99,9 +100,10 @@ def _trained(folder: RunFolder, config: Config) -> bool:
         found = {"training photographs": (state.index_digest, digest_of(train))}
         if val is not None:
             found["validation photographs"] = (state.val_digest, val.digest)
-        if config.model.prior_from is not None:
-            taken = (state.origins or {}).get("prior", {}).get("digest")
-            found["prior"] = (taken, _prior_digest(config.model.prior_from))
+        for part in PARTS:
+            if (source := getattr(config.model, f"{part}_from")) is not None:
+                taken = (state.origins or {}).get(part, {}).get("digest")
+                found[part] = (taken, _part_digest(source, part))
         apart += [name for name, (was, now) in found.items() if was != now]
     if apart:
         raise ValueError(
@@ -112,9 +114,9 @@ def _trained(folder: RunFolder, config: Config) -> bool:
 
 
 @functools.cache
-def _prior_digest(path: str) -> str:
-    """Of the weights of a saved prior, as a run's checkpoints record it of the one that it took."""
-    return weights_digest(load_model(path, torch.device("cpu"))[0].prior)
+def _part_digest(path: str, part: str) -> str:
+    """Of the weights of a saved prior or backbone, as a run's checkpoints record it of the one that it took."""
+    return weights_digest(getattr(load_model(path, torch.device("cpu"))[0], part))
 
 
 def _scored(folder: RunFolder, trial: Trial) -> bool:

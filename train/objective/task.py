@@ -92,7 +92,11 @@ class DeblurTask:
             out = forward(blurry, *given)
         total, parts = sharp.new_zeros(()), {}
         if not distill:
-            loss, parts = self.restoration(out.restored, sharp)
+            restored = out.restored
+            if out.own is not None:
+                smaller = (self._blurred_alone(each, batch) for each in restored[:-1])
+                restored = (*smaller, restored[-1])
+            loss, parts = self.restoration(restored, sharp)
             total = total + loss
             if out.own is not None:  # the gate's image teaches the gate alone
                 loss, own = self.restoration((self._blurred_alone(out.own, batch),), sharp)
@@ -119,7 +123,7 @@ class DeblurTask:
         return total, parts
 
     def _blurred_alone(self, own: Tensor, batch: dict) -> Tensor:
-        """The images [B, 3, H, W] themselves, without a gradient to those of pairs that no blur was put on."""
+        """The network's images [B, 3, H, W] themselves, without a gradient to those of pairs without blur."""
         blurred = batch["extent"].to(self.device, non_blocking=True) != 0  # NaN: recorded, not known
         return torch.where(blurred[:, None, None, None], own, own.detach())
 

@@ -48,8 +48,10 @@ def network_names() -> list[str]:
 
 
 def model_of(name: str, model: ModelConfig, prior: bool) -> Deblurrer:
-    """The network `name` with random weights, with or without the prior of `model`, on the current device."""
-    return build_deblurrer(model.model_copy(update={"backbone": {"name": name}, "prior": prior}), read_weights=False)
+    """The network `name` with random weights, with or without the prior of `model`, and without its gate, on the
+    current device."""
+    changes = {"backbone": {"name": name}, "prior": prior, "gate": False}
+    return build_deblurrer(model.model_copy(update=changes), read_weights=False)
 
 
 def costs(

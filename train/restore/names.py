@@ -8,18 +8,18 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from model.pretrained import SHIPPED, SHIPPED_NAME, SINGLE, WEIGHTS
-
-RUNS = Path("runs")  # where a bare name of a run is looked for
+from train.checkpoint.saved import RUNS, is_shipped
 
 
 def find_model(name: str | Path | None) -> Path:
     """The run, folder or .safetensors file that a name stands for; None, or `shipped`: the model that comes with the
     program.
 
-    A name is, the first that fits: a path; a run below runs/; a repository `owner/name` or `owner/name@revision` that
-    lies in the Hugging Face cache (nothing is ever downloaded). ValueError, saying what was looked for.
+    A name is, the first that fits: a path; a run below runs/; `shipped`; a repository `owner/name` or
+    `owner/name@revision` that lies in the Hugging Face cache (nothing is ever downloaded). ValueError, saying what was
+    looked for.
     """
-    if name is None or (str(name) == SHIPPED_NAME and not Path(SHIPPED_NAME).exists()):
+    if name is None or is_shipped(name):
         if not SHIPPED.is_file():
             raise ValueError(
                 "no model comes with this version of the program: name one with --model (Restorer.load(...)): a run, a "
@@ -41,7 +41,8 @@ def find_model(name: str | Path | None) -> Path:
             pass
     raise ValueError(
         f"{name}: no such model: give a run (its folder, or its name below {RUNS}/), a checkpoint, an exported model "
-        "(sharpprior export), or owner/name of what lies in the Hugging Face cache"
+        f"(sharpprior export), {SHIPPED_NAME} (the one that comes with the program), or owner/name of what lies in the "
+        "Hugging Face cache"
     )
 
 

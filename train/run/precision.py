@@ -71,6 +71,7 @@ def time_steps(config: Config, clock: Callable[[], float] = time.perf_counter) -
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             out = network(batch)
         learned = out.restored if config.student_rests or out.prior is None else (*out.restored, *out.prior)
+        learned = learned if out.own is None else (*learned, out.own)  # a gate's image teaches the gate alone
         sum(each.float().square().mean() for each in learned).backward()
         return clock() - started
 

@@ -45,6 +45,8 @@ class StepShares:
         self._newest: dict[str, float] = {}
         self._eager: dict[str, list[dict[str, float]]] = {}
         parts: dict[str, list[nn.Module]] = {"backbone": [module.backbone], "spe": list(module.spe.values())}
+        if module.gate is not None:
+            parts["gate"] = [module.gate]
         if module.prior is not None:
             parts |= {"prior": [module.prior], "student": [module.prior.student]}
         if teacher is not None:
@@ -111,7 +113,7 @@ class StepShares:
         return {name: value / whole for name, value in spent.items()}
 
     def _keep_parts(self, spent: dict[str, float]) -> None:
-        parts = {name: spent[name] for name in ("student", "fusion", "spe", "backbone") if name in spent}
+        parts = {name: spent[name] for name in ("student", "fusion", "spe", "backbone", "gate") if name in spent}
         steps = self._eager.setdefault("deblur" if spent["backbone"] > 0 else "distill", [])
         if sum(parts.values()) > 0 and len(steps) < TELLING_STEPS:
             steps.append(parts)

@@ -1,12 +1,11 @@
 """A backbone that is taken over brings the gate that judges it; the model that comes with the program has a name."""
 
-import pytest
 import torch
 
 from model.pretrained import SHIPPED_NAME, save_pretrained
 from tests.model.test_deblurrer import perturb
 from train.checkpoint.plug import plug_in, with_plugged
-from train.checkpoint.saved import model_folder
+from train.checkpoint.saved import RUNS, model_folder
 from train.config.file import build_config, configure
 from train.config.networks import build_model
 from train.restore.names import find_model
@@ -15,11 +14,13 @@ BACKBONE = {"name": "unet", "width": 8, "blocks": [1, 1]}
 PRIOR = ["model.student={width: 16}", "model.spe={dim: 16, groups: 4, heads: 4}"]
 
 
-def saved(path, **model):
+def saved(path, *, calibrated: bool = False, **model):
     config = build_config({"model": {"backbone": BACKBONE, "prior": False, "gate": True, **model}})
     network = build_model(config)
     perturb(network.backbone)
     perturb(network.gate)
+    if calibrated:
+        network.prior.statistics.frozen.fill_(True)
     save_pretrained(path, network.state_dict(), config.model_dump(mode="json"))
     return network.eval()
 
@@ -53,11 +54,18 @@ def test_a_model_that_wants_no_gate_gets_none(tmp_path):
     assert torch.equal(network(x).restored[-1], source(x).own)
 
 
-def test_a_gate_that_reads_a_prior_is_not_taken_without_it(tmp_path):
+def test_a_gate_that_reads_a_prior_goes_with_it_and_stays_without_it(tmp_path, caplog):
     with_prior = {"prior": True, "student": {"width": 16}, "spe": {"dim": 16, "groups": 4, "heads": 4}}
-    saved(tmp_path / "gated.safetensors", **with_prior)
-    with pytest.raises(ValueError, match=r"its gate reads that run's prior: --init .* model\.gate=false"):
-        plugged("model.prior=false", f"model.backbone_from={tmp_path / 'gated.safetensors'}")
+    path = tmp_path / "gated.safetensors"
+    source = saved(path, calibrated=True, **with_prior)
+    caplog.set_level("INFO")
+    network, *_ = plugged("model.prior=false", f"model.backbone_from={path}")
+    assert not network.gate.map.weight.any()
+    assert "its prior, which is not taken over" in caplog.text
+    network, *_ = plugged(PRIOR[1], f"model.backbone_from={path}", f"model.prior_from={path}")
+    state = source.gate.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in network.gate.state_dict().items())
+    assert state["join.weight"].any()
 
 
 def test_the_shipped_model_has_a_name_unless_something_else_has_it(tmp_path, monkeypatch):
@@ -66,12 +74,16 @@ def test_the_shipped_model_has_a_name_unless_something_else_has_it(tmp_path, mon
     for place in ("train.checkpoint.saved.SHIPPED", "train.restore.names.SHIPPED"):
         monkeypatch.setattr(place, shipped)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / SHIPPED_NAME).mkdir()  # a folder that is no model takes no name
     network, config, origins = plugged("model.prior=false", f"model.backbone_from={SHIPPED_NAME}")
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     assert torch.equal(network(x).restored[-1], source(x).restored[-1])
     assert config.model.backbone_from == SHIPPED_NAME
     assert origins["backbone"]["from"] == str(shipped)
     assert find_model(None) == find_model(SHIPPED_NAME) == model_folder(SHIPPED_NAME) == shipped
+    (tmp_path / SHIPPED_NAME).rmdir()
+    saved(tmp_path / "runs" / SHIPPED_NAME)
+    assert find_model(SHIPPED_NAME) == RUNS / SHIPPED_NAME
     mine = tmp_path / SHIPPED_NAME
     saved(mine)
     assert model_folder(SHIPPED_NAME).absolute() == find_model(SHIPPED_NAME).absolute() == mine

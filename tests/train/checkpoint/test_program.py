@@ -28,10 +28,9 @@ PRIOR = {"student": {"name": "light", "width": 8}, "teacher": RANDOM, "levels": 
 
 def model(folder, name: str):
     """An exported model file of random weights that does something."""
-    backbone, _, prior = name.partition("+")
-    section = (
-        {"backbone": NETWORKS[backbone], "prior": False} if not prior else {"backbone": NETWORKS[backbone], **PRIOR}
-    )
+    backbone, *more = name.split("+")
+    section = {"backbone": NETWORKS[backbone], "gate": "gate" in more}
+    section |= PRIOR if "prior" in more else {"prior": False}
     network = build_deblurrer(ModelConfig(**section), seed=3, read_weights=False)
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
@@ -50,7 +49,7 @@ def expected(file, image):
     return restored
 
 
-@pytest.mark.parametrize("name", ["unet", "nafnet", "unet+prior"])
+@pytest.mark.parametrize("name", ["unet", "nafnet", "unet+prior", "unet+gate", "unet+prior+gate"])
 def test_programs_of_both_kinds_equal_the_network_at_any_size(sharpprior, tmp_path, name):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     file = model(tmp_path, name)

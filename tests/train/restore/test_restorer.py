@@ -167,6 +167,7 @@ def test_it_is_loaded_by_its_names(tmp_path, monkeypatch):
         restorer = Restorer.load(name, "cpu")
         assert restorer.tile == 96
         assert restorer(image).shape == image.shape
+    monkeypatch.setattr("train.restore.names.SHIPPED", tmp_path / "absent.safetensors")
     with pytest.raises(ValueError, match=r"no model comes with.*--model"):
         Restorer.load(None, "cpu")
     for name in ("nothing", "some/body", tmp_path / "x.safetensors"):

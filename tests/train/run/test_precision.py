@@ -124,6 +124,13 @@ def test_measuring_runs_both_on_the_runs_network_and_moves_no_generator(tmp_path
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_what_is_timed_includes_the_backbones_backward_pass_behind_a_gate(tmp_path, monkeypatch):
+    built, plain = [], precision.build_model
+    monkeypatch.setattr(precision, "build_model", lambda *given, **how: built.append(plain(*given, **how)) or built[0])
+    time_steps(Config.model_validate({**auto(tmp_path).model_dump(), "model": {**SMALL["model"], "gate": True}}))
+    assert all(parameter.grad is not None for parameter in built[0].backbone.parameters())
+
+
 def test_slow_steps_are_measured_once_on_one_image(tmp_path, monkeypatch):
     seen = []
     plain = precision.shape_network
