@@ -76,6 +76,7 @@ EXTENDED = (
     ("optim", "prior_lr_scale"),
     ("optim", "spe_lr_scale"),
     ("optim", "backbone_lr_scale"),
+    ("optim", "gate_lr_scale"),
     ("optim", "final_lr"),
     ("optim", "warmup"),
 )

@@ -122,7 +122,9 @@ class OptimSection(Section):
     spe_lr_scale: float = Field(default=1.0, ge=0)
     """Learning rate of the embeddings, relative to `lr`."""
     backbone_lr_scale: float = Field(default=1.0, ge=0)
-    """Learning rate of the backbone, and of a gate, relative to `lr`: below 1 to finetune a pretrained one."""
+    """Learning rate of the backbone, relative to `lr`: below 1 to finetune a pretrained one, 0 to leave it alone."""
+    gate_lr_scale: float = Field(default=1.0, ge=0)
+    """Learning rate of the gate, relative to `lr`."""
     betas: tuple[float, float] = (0.9, 0.9)
     """AdamW's decay rates."""
     weight_decay: float = Field(default=1e-3, ge=0)

@@ -139,9 +139,12 @@ class Engine:
     def _first_reason(self, reason: str | None) -> str | None:
         return next((each for each in self.gather(reason) if each is not None), None)
 
-    def set_learning_rates(self, restorer: float, prior: float, spe: float | None = None) -> None:
-        """Learning rates of the coming step; spe None: the restorer's."""
-        rates = {"restorer": restorer, "prior": prior, "spe": restorer if spe is None else spe}
+    def set_learning_rates(
+        self, restorer: float, prior: float, spe: float | None = None, gate: float | None = None
+    ) -> None:
+        """Learning rates of the coming step; spe, gate None: the restorer's."""
+        rates = {"restorer": restorer, "prior": prior}
+        rates |= {part: restorer if given is None else given for part, given in (("spe", spe), ("gate", gate))}
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rates[group["part"]]
 

@@ -12,7 +12,7 @@ from train.engine.precision import (
     precision_settings,
 )
 
-PRIOR, SPE = "prior.", "spe."  # so begin the names of the prior network's and of the embeddings' parameters
+PARTED = ("prior", "spe", "gate")  # whose parameters' names begin so; all others are the restorer's
 
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 TYPES = ("torch_autocast", "bf16", "bfloat16", "fp16", "amp")
@@ -22,8 +22,8 @@ OURS_ZERO = ("stage", "overlap_comm", "offload_optimizer", "offload_param", "cpu
 
 
 def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """AdamW's groups: {student and fusion, embeddings, everything else} × {matrices decay, vectors do not}; none is
-    empty. Each says its `part`: prior, spe or restorer."""
+    """AdamW's groups: {student and fusion, embeddings, gate, everything else} × {matrices decay, vectors do not}; none
+    is empty. Each says its `part`: prior, spe, gate or restorer."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -35,8 +35,8 @@ def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:
 
 
 def part_of(name: str) -> str:
-    """Whose parameter it is, by its name: prior, spe or restorer."""
-    return "prior" if name.startswith(PRIOR) else "spe" if name.startswith(SPE) else "restorer"
+    """Whose parameter it is, by its name: prior, spe, gate or restorer."""
+    return next((part for part in PARTED if name.startswith(f"{part}.")), "restorer")
 
 
 def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:

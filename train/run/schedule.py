@@ -38,11 +38,12 @@ def prior_learns(step: int, config: Config) -> bool:
 
 
 class Rates(NamedTuple):
-    """Learning rates of a step's three parts."""
+    """Learning rates of a step's four parts."""
 
     restorer: float
     prior: float
     spe: float
+    gate: float
 
 
 def learning_rates(step: int, config: Config) -> Rates:
@@ -65,6 +66,7 @@ def learning_rates(step: int, config: Config) -> Rates:
         risen(joint_from(config)) * optim.backbone_lr_scale,
         prior * optim.prior_lr_scale,
         risen(config.train.distill_steps) * optim.spe_lr_scale,
+        risen(joint_from(config)) * optim.gate_lr_scale,
     )
 
 

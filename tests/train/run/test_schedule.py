@@ -38,10 +38,10 @@ def test_degenerate_lengths_give_factors_between_0_and_1(steps, warmup):
 def test_the_restorer_rests_while_the_student_distills():
     config = configure(["train.steps=10", "train.distill_steps=4", "optim.warmup=1", "optim.prior_lr_scale=.5"])
     for step in range(10):
-        restorer, prior, _ = learning_rates(step, config)
+        restorer, prior, *_ = learning_rates(step, config)
         assert (restorer == 0) == (step < 4)
         assert prior > 0
-    restorer, prior, spe = learning_rates(5, config)
+    restorer, prior, spe, _ = learning_rates(5, config)
     assert spe == restorer
     assert prior == pytest.approx(0.5 * restorer)
 
@@ -57,19 +57,20 @@ def test_the_restorer_warms_up_when_its_own_training_begins():
 
 def test_embeddings_learn_before_the_rest_and_each_part_has_its_own_rate():
     scales = ["optim.warmup=4", "optim.spe_lr_scale=2", "optim.backbone_lr_scale=.1", "optim.prior_lr_scale=.5"]
+    scales.append("optim.gate_lr_scale=3")
     config = configure(["train.steps=40", "train.distill_steps=10", "train.spe_steps=10", *scales])
     rates = [learning_rates(step, config) for step in range(40)]
     assert [stage(step, config) for step in (0, 9, 10, 19, 20, 39)] == [
         *("distill", "distill", "spe", "spe", "deblur", "deblur")
     ]
     assert [[value > 0 for value in rates[step]] for step in (9, 10, 19, 20)] == [
-        [False, True, False],
-        [False, False, True],
-        [False, False, True],
-        [True, True, True],
+        [False, True, False, False],
+        [False, False, True, False],
+        [False, False, True, False],
+        [True, True, True, True],
     ]
     base = 0.5 * cosine_with_warmup(30, 40, 4, config.optim.final_lr) * config.optim.lr
-    assert rates[30] == pytest.approx((0.2 * base, base, 4 * base))
+    assert rates[30] == pytest.approx((0.2 * base, base, 4 * base, 6 * base))
     assert rates[10].spe / rates[9].prior < 1.3  # a quarter of 4 times: it warms up
     risen = 0.5 * cosine_with_warmup(20, 40, 4, config.optim.final_lr) * config.optim.lr
     assert rates[20].prior == pytest.approx(risen / 4)  # so does the prior, which rested

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train.engine.settings import PRIOR
 
 pytestmark = pytest.mark.slow
 SETTINGS = {
@@ -35,12 +34,12 @@ def test_the_first_update_of_the_restorer_is_a_first_update(runs, zero, ranks, b
     name = f"waiting{zero}"
     runs.run(name, ranks=ranks, engine__zero=zero, optim__betas=betas, **SETTINGS)
     before, after = model(runs, name, 3), model(runs, name, 4)
-    moved = torch.cat([(after[n] - before[n]).abs().flatten() for n in before if not n.startswith(PRIOR)])
+    moved = torch.cat([(after[n] - before[n]).abs().flatten() for n in before if not n.startswith("prior.")])
     moved = moved[moved > 0]
     # Adam's first update is lr·g/|g|, whatever its β: but for gradients near ε.
     assert float(moved.median()) == pytest.approx(2e-3, rel=0.02)
     assert float(moved.max()) <= 2e-3 * 1.02
-    assert all(torch.equal(model(runs, name, 1)[n], before[n]) for n in before if not n.startswith(PRIOR))
+    assert all(torch.equal(model(runs, name, 1)[n], before[n]) for n in before if not n.startswith("prior."))
     whole = model(runs, name, 6)
     (runs.folder(name) / "checkpoints/step-00000006").rename(runs.root / f"{name}-6")
     for step in (5, 4):  # what is left was saved just before the restorer's first step
@@ -53,5 +52,5 @@ def test_the_first_update_of_the_restorer_is_a_first_update(runs, zero, ranks, b
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             counts |= json.loads(json.loads(file.read(size))["__metadata__"]["updates"])
-    assert {count for n, count in counts.items() if n.startswith(PRIOR)} == {6}
-    assert {count for n, count in counts.items() if not n.startswith(PRIOR)} == {3}
+    assert {count for n, count in counts.items() if n.startswith("prior.")} == {6}
+    assert {count for n, count in counts.items() if not n.startswith("prior.")} == {3}
