@@ -17,7 +17,6 @@ TINY = {
     "data.boxes_per_photo": 4,
     "model.backbone": "{name: unet, width: 8, blocks: [1, 1]}",
     "model.levels": 3,
-    "model.gate": True,
     "model.student.width": 16,
     "model.spe.dim": 16,
     "optim.warmup": 2,

@@ -28,7 +28,7 @@ def graphed(runs: Runs, name: str, *arguments: str, ranks: int = 1, **changes) -
 
 
 def test_losses_and_weights_are_the_same_bits(runs):
-    settings = SETTINGS | {"train__accumulation": 2, "engine__precision": "bf16"}
+    settings = SETTINGS | {"train__accumulation": 2, "engine__precision": "bf16", "model__gate": True}
     runs.run("eager", **settings)
     log = graphed(runs, "replayed", **settings)
     assert [log.count(line) for line in LINES] == [2, 1]  # one a stage; the teacher's crops stay as they are

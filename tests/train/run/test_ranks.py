@@ -52,6 +52,17 @@ def test_zero_3_on_two_ranks_resumes_bit_identically(runs, one_process):
     assert_same_weights(runs, "zero3again", "zero3", 6, tolerance=0)
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_gate_learns_alike_on_two_ranks_under_zero(runs, zero):
+    settings = {"train__steps": 4, "train__distill_steps": 1, "checkpoint__every": 4, "model__gate": True}
+    if not runs.folder("gated").exists():
+        runs.run("gated", **settings)
+    runs.run(f"gated{zero}", ranks=2, engine__zero=zero, **settings)
+    expected, found = runs.losses("gated"), runs.losses(f"gated{zero}")
+    assert found == {step: pytest.approx(loss, abs=1e-4) for step, loss in expected.items()}
+    assert_same_weights(runs, f"gated{zero}", "gated", 4, tolerance=2e-3)
+
+
 @pytest.fixture(scope="session")
 def references(runs, one_process, tmp_path_factory) -> tuple[dict, Path, list[str]]:
     """Losses of one process by precision, a folder for the runs of the matrix, and their common arguments."""

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-
 pytestmark = pytest.mark.slow
 SETTINGS = {
     "train__steps": 6,
