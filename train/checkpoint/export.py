@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -23,16 +24,36 @@ from train.config.file import build_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+# Keys of a configuration that name places of the machine where it ran.
+PATHS = (
+    ("run", "root"),
+    ("data", "train"),
+    ("data", "val"),
+    ("data", "cache", "folder"),
+    ("features", "folder"),
+    ("model", "backbone_from"),
+    ("model", "prior_from"),
+)
+
 
 def export_model(
-    run: Path, out: Path, *, which: str, dtype: str, overwrite: bool, prior: bool = False, spandrel: bool = False
+    run: Path,
+    out: Path,
+    *,
+    which: str,
+    dtype: str,
+    overwrite: bool,
+    prior: bool = False,
+    spandrel: bool = False,
+    paths: bool = True,
 ) -> Path:
     """Write the model of a run, checkpoint or export to `out` and return the folder or file that it was read from.
 
     out: a file NAME.safetensors, which holds the configuration in its metadata, or a folder for model.safetensors and
     config.yaml. dtype: fp32 (as trained: the same outputs) or bf16 (half the size; loaded back as fp32). prior: the
     prior network alone, which `model.prior_from` takes over. spandrel: the configuration is one of the tensors too, as
-    programs that load with spandrel need it (`train.restore.spandrel`). ValueError on a wrong path, a damaged
+    programs that load with spandrel need it (`train.restore.spandrel`). paths: False leaves out which folders of
+    this machine the run read and wrote. ValueError on a wrong path, a damaged
     checkpoint, a model without a prior, or files that exist.
     """
     if dtype not in DTYPES:
@@ -50,6 +71,10 @@ def export_model(
         refuse_oracle(build_config(config).model.oracle, source, "--format spandrel makes no file of it")
     if isinstance(config.get("checkpoint"), dict):  # where a run's copies go is nobody else's business
         config["checkpoint"].pop("copy_to", None)
+    if not paths:
+        for *sections, key in PATHS:
+            section = functools.reduce(lambda values, name: values.get(name) or {}, sections, config)
+            section.pop(key, None)  # the default then
     if spandrel:
         state[CONFIG_TENSOR] = config_tensor(config)
     save_pretrained(target, state, config)

@@ -106,6 +106,9 @@ def export(
     checkpoint: Which = "latest",
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 for half the size.")] = "fp32",
     prior: Annotated[bool, typer.Option("--prior", help="The prior alone, for train/main.py --prior.")] = False,
+    paths: Annotated[
+        bool, typer.Option(help="--no-paths: nothing in it names a folder of this machine, for files that others get.")
+    ] = True,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the averaged model, or its prior alone, as files that load without DeepSpeed and without the run."""
@@ -117,12 +120,14 @@ def export(
     form = choose("format", form, ("safetensors", "spandrel", *SUFFIXES))
     if prior and form != "safetensors":
         raise ValueError(f"--prior: the prior alone is written as safetensors, not as {form}")
+    if not paths and form in SUFFIXES:
+        raise ValueError(f"--no-paths: {form} holds no paths")
     if form in SUFFIXES:
         if dtype != "fp32":
             raise ValueError(f"--dtype {dtype}: {form} is written in fp32")
         source = export_program(run, out, form, which=checkpoint, overwrite=overwrite)
     else:
-        how = {"which": checkpoint, "dtype": dtype, "prior": prior, "overwrite": overwrite}
+        how = {"which": checkpoint, "dtype": dtype, "prior": prior, "overwrite": overwrite, "paths": paths}
         source = export_model(run, out, **how, spandrel=form == "spandrel")
     text = f"exported {'the prior of ' if prior else ''}{describe(source)} of {run} as {dtype}: {out}"
     Console().print(text, markup=False, highlight=False, soft_wrap=True)

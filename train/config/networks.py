@@ -13,4 +13,6 @@ def build_model(config: Config, *, read_weights: bool = True) -> Deblurrer:
     network = build_deblurrer(config.model, seed=config.run.seed, read_weights=read)
     if network.prior is not None and config.student_rests and not config.train.distill_steps:
         network.prior.requires_grad_(False).rest()
+    if config.optim.backbone_lr_scale == 0:
+        network.backbone.requires_grad_(False)
     return network

@@ -122,7 +122,8 @@ class OptimSection(Section):
     spe_lr_scale: float = Field(default=1.0, ge=0)
     """Learning rate of the embeddings, relative to `lr`."""
     backbone_lr_scale: float = Field(default=1.0, ge=0)
-    """Learning rate of the backbone, relative to `lr`: below 1 to finetune a pretrained one, 0 to leave it alone."""
+    """Learning rate of the backbone, relative to `lr`: below 1 to finetune a pretrained one; 0 leaves it as it is, and
+    spares its gradients."""
     gate_lr_scale: float = Field(default=1.0, ge=0)
     """Learning rate of the gate, relative to `lr`."""
     betas: tuple[float, float] = (0.9, 0.9)
@@ -370,6 +371,11 @@ class Config(Section):
         if self.student_rests and not self.train.distill_steps and self.features.cache != "off":
             raise ValueError(
                 "features.cache keeps a teacher's features, but the student is frozen from the start: set it to off"
+            )
+        if self.optim.backbone_lr_scale == 0 and not (self.model.prior or self.model.gate):
+            raise ValueError(
+                "optim.backbone_lr_scale 0 leaves the backbone as it is, and without a prior or a gate nothing else "
+                "learns: set it above 0, or model.gate to true"
             )
         if self.model.oracle and (self.train.distill_steps or not self.student_rests):
             raise ValueError(

@@ -120,3 +120,16 @@ def test_a_file_of_somebody_else_is_said(tmp_path):
     (tmp_path / "torn.safetensors").write_bytes(b"\x10\x00")
     with pytest.raises(ValueError, match="cannot be read"):
         load_model(tmp_path / "torn.safetensors", torch.device("cpu"))
+
+
+def test_without_paths_nothing_names_a_folder_and_it_loads(runs, unbroken, outputs, tmp_path):
+    image, expected = outputs
+    folder, file = runs.folder(unbroken), tmp_path / "m.safetensors"
+    exported(folder, "-o", file)
+    assert str(runs.root).encode() in file.read_bytes()
+    exported(folder, "-o", file, "--no-paths", "--overwrite")
+    assert str(runs.root).encode() not in file.read_bytes()
+    network, config, _ = load_model(file, torch.device("cpu"))
+    assert (config.run.root, config.data.train, config.data.val) == ("runs", None, None)
+    with torch.no_grad():
+        assert torch.equal(network(torch.load(image)).restored[-1], expected)

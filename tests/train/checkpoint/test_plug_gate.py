@@ -1,5 +1,6 @@
 """A backbone that is taken over brings the gate that judges it; the model that comes with the program has a name."""
 
+import pytest
 import torch
 
 from model.pretrained import SHIPPED_NAME, save_pretrained
@@ -88,3 +89,16 @@ def test_the_shipped_model_has_a_name_unless_something_else_has_it(tmp_path, mon
     saved(mine)
     assert model_folder(SHIPPED_NAME).absolute() == find_model(SHIPPED_NAME).absolute() == mine
     assert with_plugged(configure([f"model.backbone_from={SHIPPED_NAME}"])).model.backbone_from == str(mine)
+
+
+def test_a_backbone_of_rate_0_stays_takes_no_gradient_and_the_gate_learns():
+    config = configure(["model.prior=false", "model.gate=true", "optim.backbone_lr_scale=0"])
+    network = build_model(config)
+    assert {name.split(".")[0] for name, p in network.named_parameters() if p.requires_grad} == {"gate"}
+    perturb(network)
+    out = network(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+    assert not out.own.requires_grad
+    out.restored[-1].square().mean().backward()
+    assert network.gate.map.weight.grad.any()
+    with pytest.raises(ValueError, match=r"backbone_lr_scale 0 .*nothing else learns.*model\.gate"):
+        configure(["model.prior=false", "optim.backbone_lr_scale=0"])
