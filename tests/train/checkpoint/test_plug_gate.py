@@ -92,7 +92,8 @@ def test_the_shipped_model_has_a_name_unless_something_else_has_it(tmp_path, mon
 
 
 def test_a_backbone_of_rate_0_stays_takes_no_gradient_and_the_gate_learns():
-    config = configure(["model.prior=false", "model.gate=true", "optim.backbone_lr_scale=0"])
+    small = "model.backbone={name: unet, width: 8, blocks: [1, 1]}"
+    config = configure(["model.prior=false", "model.gate=true", "optim.backbone_lr_scale=0", small])
     network = build_model(config)
     assert {name.split(".")[0] for name, p in network.named_parameters() if p.requires_grad} == {"gate"}
     perturb(network)
